@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl
+
+.PHONY: help demo test check bench clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.system: Makefile
+	@mkdir -p .venv
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+	  echo "installing system packages:" $$missing; \
+	  sudo=$$([ $$(id -u) = 0 ] || echo sudo); \
+	  $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+	@touch $@
+
+.venv/.ready: .venv/.system pyproject.toml
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	@echo "installing modelfs and its development packages into .venv (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: .venv/.ready  ## real models from S3 and a Hub, mounted on ./models and loaded; KEEP=1 leaves them mounted
+	@KEEP=$(KEEP) $(BIN)/python -m demo
+
+test: .venv/.ready  ## all tests; the mount tests need root and /dev/fuse
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.ready  ## ruff, mypy --strict, and the test of the layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_layers.py
+
+bench: .venv/.ready  ## the benchmark of the range client's candidates
+	@$(BIN)/python -m bench.range_client
+
+clean:  ## remove what the other commands made
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out

@@ -1,0 +1,145 @@
+"""The Store protocol, and the table of URL schemes.
+
+A store is its control plane only: it says what there is and where the bytes are; ``modelfs.fetch`` moves
+them. Write a store as a class with three coroutines, register it under the entry point group
+``modelfs.stores`` (name = scheme, value = the class) and prove it with ``modelfs.testing.check_store``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+from urllib.parse import urlsplit, urlunsplit
+
+from modelfs.errors import ConfigError
+from modelfs.types import Entry, Location, Snapshot
+
+Options = Mapping[str, Any]
+"""A store's options from the configuration; every store names those it knows."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A remote source of one model, named by a URL.
+
+    All three verbs may be cancelled at any await and called concurrently. They raise
+    :class:`modelfs.errors.StoreError` (``NotFound``, ``AccessDenied``, ``Stale``, ``Unavailable``,
+    ``BadAnswer``) and nothing else; retrying is the caller's business.
+    """
+
+    url: str
+    """Canonical URL without secrets: the identity of the store in cache keys, logs and status."""
+
+    async def snapshot(self) -> Snapshot:
+        """Resolve the revision to something immutable and list everything at it."""
+
+    async def entry(self, path: str) -> Entry:
+        """Return the one entry at `path`, for stores too large to list.
+
+        A path that is only the prefix of others is a ``directory``.
+
+        Raises:
+            NotFound: nothing is there.
+
+        """
+
+    async def locate(self, entry: Entry) -> Location:
+        """Return where the bytes of `entry`, as pinned by its version, can be had.
+
+        Raises:
+            Stale: the store no longer has this version.
+
+        """
+
+
+class Factory(Protocol):
+    """What a scheme stands for: called with the URL as configured and the options for it."""
+
+    def __call__(self, url: str, options: Options, /) -> Store:
+        """Return the store; check `url` and `options` and raise ConfigError, but do no I/O."""
+
+
+SCHEMES: Mapping[str, str] = {
+    "file": "modelfs.stores.file:FileStore",
+    "http": "modelfs.stores.http:HttpStore",
+    "https": "modelfs.stores.http:HttpStore",
+    "s3": "modelfs.stores.s3:S3Store",
+    "hf": "modelfs.stores.hf:HubStore",
+    "mock": "modelfs.stores.mock:MockStore",
+}
+"""Scheme → ``module:class``, imported when first used so that a daemon pays only for what it mounts."""
+
+GROUP = "modelfs.stores"
+"""Entry point group where other packages register schemes."""
+
+
+def scheme_of(url: str) -> str:
+    """Return the scheme of a store URL.
+
+    Raises:
+        ConfigError: if `url` has none.
+
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator or not scheme:
+        raise ConfigError(
+            f"{redact(url)!r} is not a store URL: write SCHEME://…, for example s3://bucket/prefix, "
+            "hf://ORG/NAME or file:///srv/models"
+        )
+    return scheme.lower()
+
+
+def redact(url: str) -> str:
+    """Return `url` without user name, password, query and fragment: fit for a message."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.partition("?")[0].rpartition("@")[2]
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def known_schemes() -> list[str]:
+    """Return every scheme that `open_store` accepts, sorted."""
+    return sorted({*SCHEMES, *(point.name for point in importlib.metadata.entry_points(group=GROUP))})
+
+
+def open_store(url: str, options: Options | None = None) -> Store:
+    """Return the store that `url` names.
+
+    Raises:
+        ConfigError: unknown scheme, malformed URL, unknown option, or an extra that is not installed.
+
+    """
+    return _factory(scheme_of(url))(url, options or {})
+
+
+def _factory(scheme: str) -> Factory:
+    if scheme in SCHEMES:
+        module, _, name = SCHEMES[scheme].partition(":")
+        factory: Factory = getattr(importlib.import_module(module), name)
+        return factory
+    for point in importlib.metadata.entry_points(group=GROUP, name=scheme):
+        try:
+            loaded: Factory = point.load()
+        except Exception as error:
+            raise ConfigError(f"the store {scheme}:// ({point.value}) cannot be loaded: {error}") from error
+        return loaded
+    raise ConfigError(f"unknown scheme {scheme}://: known are {', '.join(known_schemes())}")
+
+
+def checked_options(url: str, options: Options, known: Mapping[str, type | tuple[type, ...]]) -> Options:
+    """Return `options` after checking every name and type against `known`.
+
+    Raises:
+        ConfigError: naming the option, the store and what is accepted.
+
+    """
+    for name, value in options.items():
+        if name not in known:
+            accepted = ", ".join(sorted(known)) or "none"
+            raise ConfigError(f"{redact(url)}: unknown option {name!r}; accepted are: {accepted}")
+        if not isinstance(value, known[name]):
+            raise ConfigError(f"{redact(url)}: option {name!r} has the wrong type ({type(value).__name__})")
+    return options

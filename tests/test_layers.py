@@ -1,0 +1,93 @@
+"""A module imports only modules below it: the layers of docs/architecture.md, read from the imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import modelfs
+
+ROOT = Path(modelfs.__file__).parent
+
+# Top to bottom. Modules of one layer do not import each other, but a package's own modules may.
+LAYERS: list[set[str]] = [
+    {"cli"},
+    {"daemon"},
+    {"control"},
+    {"config"},
+    {"fuse"},
+    {"catalog"},
+    {"tree"},
+    {"views"},
+    {"fetch"},
+    {"cache", "stores"},
+    {"metrics"},
+    {"types"},
+    {"errors"},
+]
+# Not part of the daemon: may use everything, and nothing may use it.
+OUTSIDE = {"testing", "__main__"}
+# Only these modules may import these packages.
+ONLY_IN = {
+    "pyfuse3": {"fuse/pyfuse.py"},
+    "boto3": {"stores/s3.py"},
+    "botocore": {"stores/s3.py"},
+    "huggingface_hub": {"stores/hf.py"},
+    "pycurl": {"fetch/client.py"},
+    "diskcache": {"cache.py"},
+    "typer": {"cli.py"},
+    "rich": {"cli.py"},
+    "yaml": {"config.py"},
+}
+
+
+def layer_of(module: str) -> int:
+    for number, names in enumerate(LAYERS):
+        if module in names:
+            return number
+    raise AssertionError(f"modelfs.{module} has no layer: add it to LAYERS and to docs/architecture.md")
+
+
+def sources() -> list[Path]:
+    return [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0] != "__init__.py"]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def test_a_module_imports_only_modules_below_it() -> None:
+    for path in sources():
+        own = room(path)
+        if own in OUTSIDE:
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] != "modelfs" or len(parts) < 2 or parts[1] == "__version__":
+                continue
+            assert parts[1] not in OUTSIDE, f"{path} imports {name}"
+            assert parts[1] == own or layer_of(parts[1]) > layer_of(own), (
+                f"{path} imports {name}, not below it"
+            )
+
+
+def test_a_foreign_library_has_one_home() -> None:
+    for path in sources():
+        here = str(path.relative_to(ROOT))
+        if room(path) in OUTSIDE:
+            continue
+        for name in imports(path):
+            homes = ONLY_IN.get(name.split(".")[0])
+            # A package's home may be split into several modules of the same room.
+            assert homes is None or here in homes, f"{here} imports {name}: that belongs to {homes}"
