@@ -6,6 +6,7 @@ half-open.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import re
@@ -358,3 +359,8 @@ class Location:
     last_modified: str | None = None
     digest: Digest | None = None
     token: str | None = None
+
+    @classmethod
+    def inline(cls, data: bytes) -> Location:
+        """Return the location of tiny content that travels in the URL itself (RFC 2397)."""
+        return cls("data:application/octet-stream;base64," + base64.b64encode(data).decode())

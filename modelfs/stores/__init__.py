@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
-from modelfs.errors import ConfigError
+from modelfs.errors import ConfigError, NotFound
 from modelfs.types import Entry, Location, Snapshot
 
 Options = Mapping[str, Any]
@@ -127,6 +127,23 @@ def _factory(scheme: str) -> Factory:
             raise ConfigError(f"the store {scheme}:// ({point.value}) cannot be loaded: {error}") from error
         return loaded
     raise ConfigError(f"unknown scheme {scheme}://: known are {', '.join(known_schemes())}")
+
+
+def entry_in(snapshot: Snapshot, path: str) -> Entry:
+    """Return the entry of a complete `snapshot` at `path`: ``Store.entry`` for stores that always list.
+
+    A path that is only the prefix of others is a directory, whether or not it has an entry of its own.
+
+    Raises:
+        NotFound: nothing is there.
+
+    """
+    entry = snapshot.entries.get(path)
+    if entry is not None:
+        return entry
+    if any(name.startswith(f"{path}/") for name in snapshot.entries):
+        return Entry(path, kind="directory")
+    raise NotFound(f"{snapshot.url} has no {path!r} at revision {snapshot.revision}")
 
 
 def checked_options(url: str, options: Options, known: Mapping[str, type | tuple[type, ...]]) -> Options:
