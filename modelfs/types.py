@@ -274,12 +274,17 @@ class Snapshot:
             if good[path].kind != "directory":
                 del good[path]
                 rejected.append((path, "another entry needs a directory of this name"))
-        return cls(url, revision or _fingerprint(good.values()), good, tuple(rejected), complete)
+        return cls(url, revision or _fingerprint(good.values())[:40], good, tuple(rejected), complete)
 
     @property
     def size(self) -> int:
         """Bytes of all files together."""
         return sum(entry.size for entry in self.entries.values())
+
+    @property
+    def digest(self) -> str:
+        """``sha256:…`` over path, size, version and digest of every entry: equal listings, equal digest."""
+        return f"sha256:{_fingerprint(self.entries.values())}"
 
     def to_json(self) -> dict[str, Any]:
         """Return a form for the metadata cache; `from_json` reverses it."""
@@ -333,7 +338,7 @@ def _fingerprint(entries: Iterable[Entry]) -> str:
         row = "\0".join((entry.path, str(entry.size), entry.version, str(entry.digest or ""), entry.target))
         raw = row.encode("utf-8", "surrogateescape")
         hasher.update(struct.pack("<I", len(raw)) + raw)
-    return hasher.hexdigest()[:40]
+    return hasher.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,426 @@
+"""The models of a mount: resolved, kept on disk for a start without network, refreshed, found on demand."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import trio
+
+from modelfs import __version__
+from modelfs.cache import Cache
+from modelfs.errors import NotFound, StoreError
+from modelfs.fetch.engine import Fetcher, Reader
+from modelfs.fetch.source import Source, retrying
+from modelfs.metrics import Metrics
+from modelfs.stores import Options, open_store
+from modelfs.tree import METADATA, Change, Directory, File, Node, Text, Tree, grow, inode, leaf, metadata
+from modelfs.types import Entry, Snapshot
+
+log = logging.getLogger(__name__)
+
+RESOLVE_SECONDS = 60.0
+"""How long resolving a model is retried before the mount says that it cannot be resolved."""
+
+PATIENCE = 3.0
+"""Seconds a start waits for the store before it goes on with the snapshot on disk."""
+
+RETRY_SECONDS = 15.0
+"""How often an unavailable model is tried again."""
+
+ABSENT_SECONDS = 30.0
+"""How long a name that an on-demand store did not have is not asked for again."""
+
+PARALLEL = 8
+"""Most models resolved at the same time."""
+
+State = Literal["resolving", "ready", "unavailable"]
+
+
+@dataclass(eq=False)
+class Model:
+    """One top-level directory: where it comes from and what of it is known.
+
+    Attributes:
+        name: its path in the tree, ``NAME``, ``ORG/NAME`` or a path in an on-demand namespace.
+        source: the store behind it.
+        optional: the mount goes on without it.
+        snapshot: what is shown now; None until it is resolved for the first time.
+        state: see :data:`State`.
+        why: why it is unavailable, or why the snapshot on disk is used.
+        resolved_at: when `snapshot` was resolved, seconds since the epoch.
+        offline: whether `snapshot` came from disk and the store has not confirmed it since.
+
+    """
+
+    name: str
+    source: Source
+    optional: bool = False
+    snapshot: Snapshot | None = None
+    state: State = "resolving"
+    why: str | None = None
+    resolved_at: float | None = None
+    offline: bool = False
+    lock: trio.Lock = field(default_factory=trio.Lock)
+
+
+@dataclass(frozen=True)
+class _Organisations:
+    """Resolver of a namespace whose models have names of two parts, such as ``hf/ORG/NAME``."""
+
+    namespace: str
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Resolver of a directory whose next name completes a model's URL."""
+
+    path: str
+    url: str
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Resolver of a directory of a store too large to list."""
+
+    model: Model
+    prefix: str
+
+
+NAMESPACES: Mapping[str, Callable[[str], _Organisations | _Names]] = {
+    "hf": lambda name: _Organisations(name),
+    "s3": lambda name: _Names(name, "s3://"),
+}
+"""On-demand namespaces: each resolves a name when it is first looked up."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*")
+
+
+class Catalog:
+    """All models of one mount, and the tree that shows them.
+
+    Args:
+        tree: what is changed when models come and go.
+        cache: where snapshots are kept.
+        fetcher: the fetch path for contents.
+        metrics: what is counted.
+        options_for: the configured options for a store URL.
+        changed: called in the trio thread with the names that the kernel must look up anew.
+
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        cache: Cache,
+        fetcher: Fetcher,
+        metrics: Metrics,
+        options_for: Callable[[str], Options],
+        changed: Callable[[list[Change]], None],
+    ) -> None:
+        self.tree = tree
+        self.models: dict[str, Model] = {}
+        self._cache = cache
+        self._fetcher = fetcher
+        self._metrics = metrics
+        self._options_for = options_for
+        self._changed = changed
+        self._absent: dict[tuple[int, str], float] = {}
+        self._resolving: dict[tuple[int, str], trio.Lock] = {}
+        self._slots = trio.CapacityLimiter(PARALLEL)
+
+    # -- models ----------------------------------------------------------------------------------------
+
+    def add(self, name: str, url: str, options: Options, *, optional: bool = False) -> Model:
+        """Add a model that is still to be resolved.
+
+        Raises:
+            ConfigError: the URL or an option is wrong.
+
+        """
+        model = Model(name, Source(open_store(url, options), self._metrics), optional)
+        self.models[name] = model
+        return model
+
+    def add_namespace(self, name: str) -> None:
+        """Show the on-demand namespace `name`, one of `NAMESPACES`."""
+        self.tree.put((name,), Directory(inode(name, "", "namespace"), resolver=NAMESPACES[name](name)))
+
+    async def start(self, nursery: trio.Nursery, *, keep_going: bool) -> None:
+        """Resolve all models and show them; return when each is ready or may be missing.
+
+        A model with a snapshot on disk waits for its store for `PATIENCE` seconds only.
+
+        Raises:
+            StoreError: a model that is not optional cannot be resolved and has no snapshot on disk; the
+                message names it.
+
+        """
+        async with trio.open_nursery() as starting:
+            for model in list(self.models.values()):
+                starting.start_soon(self._begin, nursery, model)
+        for model in self.models.values():
+            if model.state == "unavailable" and not (model.optional or keep_going):
+                raise StoreError(
+                    f"model {model.name}: {model.why} (optional: true or --keep-going mounts without it)"
+                )
+        self._publish([])
+
+    async def run(self, every: float) -> None:
+        """Refresh all models every `every` seconds (0: never), unavailable ones more often; never returns."""
+        due = trio.current_time() + (every or math.inf)
+        while True:
+            await trio.sleep(min(RETRY_SECONDS, max(0.0, due - trio.current_time())))
+            everything = trio.current_time() >= due
+            if everything:
+                due = trio.current_time() + every
+            await self._refresh_all(m for m in self.models.values() if everything or m.state != "ready")
+
+    async def refresh(self, name: str | None = None) -> list[Model]:
+        """Resolve one model, or all, at once; return those that were asked for.
+
+        Raises:
+            NotFound: there is no model of this name.
+
+        """
+        if name is not None and name not in self.models:
+            raise NotFound(f"no model {name!r}; mounted are: {', '.join(self.models) or 'none'}")
+        wanted = [self.models[name]] if name is not None else list(self.models.values())
+        await self._refresh_all(wanted)
+        return wanted
+
+    async def _refresh_all(self, models: Iterable[Model]) -> None:
+        async with trio.open_nursery() as nursery:
+            for model in list(models):
+                nursery.start_soon(self._refresh, model)
+
+    async def _refresh(self, model: Model) -> None:
+        try:
+            await self._resolve(model, seconds=0.0)
+        except StoreError as error:
+            self._note_failure(model, error)
+
+    def _note_failure(self, model: Model, error: StoreError) -> None:
+        # One line when the reason changes, not one a minute.
+        log.log(logging.DEBUG if model.why == str(error) else logging.WARNING, "%s: %s", model.name, error)
+        model.why = str(error)
+        if model.snapshot is None:
+            model.state = "unavailable"
+
+    async def _begin(self, nursery: trio.Nursery, model: Model) -> None:
+        saved = await self._load(model)
+        settled = trio.Event()
+
+        async def resolve() -> None:
+            try:
+                await self._resolve(model, seconds=0.0 if saved else RESOLVE_SECONDS)
+            except StoreError as error:
+                self._note_failure(model, error)
+            finally:
+                settled.set()
+
+        if saved is None:
+            await resolve()
+            return
+        nursery.start_soon(resolve)
+        with trio.move_on_after(PATIENCE):
+            await settled.wait()
+        if model.snapshot is None:
+            model.snapshot, model.resolved_at = saved
+            model.offline, model.state = True, "ready"
+            log.warning("%s: using the snapshot on disk, %s", model.name, model.why or "its store is slow")
+            self._show(model)
+
+    async def _resolve(self, model: Model, *, seconds: float) -> None:
+        """Ask the store for a snapshot, and show it if it is new; retry failures for `seconds`."""
+        async with self._slots, model.lock:
+            store = model.source.store
+            snapshot = await retrying(store.snapshot, trio.current_time() + seconds)
+            self._metrics.resolutions.labels(model.source.scheme).inc()
+            known = model.snapshot
+            model.why, model.state, model.offline = None, "ready", False
+            model.resolved_at = time.time()
+            if known is None or known.revision != snapshot.revision or known.entries != snapshot.entries:
+                model.snapshot = snapshot
+                log.info(
+                    "%s: %s at %s, %d entries",
+                    model.name,
+                    snapshot.url,
+                    snapshot.revision,
+                    len(snapshot.entries),
+                )
+                for path, reason in snapshot.rejected:
+                    log.warning("%s: %r is not shown: %s", model.name, path, reason)
+                self._show(model)
+                await self._save(model)
+
+    def _show(self, model: Model) -> None:
+        if model.snapshot is None:
+            return
+        resolver = None if model.snapshot.complete else _Entries(model, "")
+        changes = self.tree.put(
+            tuple(model.name.split("/")), grow(model.name, model.snapshot, model, resolver)
+        )
+        self._absent.clear()
+        self._publish(changes)
+
+    def _publish(self, changes: list[Change]) -> None:
+        rows = [
+            {
+                "name": model.name,
+                "source": model.source.url,
+                "revision": model.snapshot.revision,
+                "files": len(model.snapshot.entries),
+                "size": model.snapshot.size,
+                "digest": model.snapshot.digest,
+            }
+            for model in self.models.values()
+            if model.snapshot is not None
+        ]
+        content = metadata(f"modelfs {__version__}", rows)
+        latest = max((model.resolved_at or 0.0 for model in self.models.values()), default=0.0)
+        text = Text(inode("", METADATA, content.decode()), latest, content)
+        self._changed(changes + self.tree.put((METADATA,), text))
+
+    # -- snapshots on disk -----------------------------------------------------------------------------
+
+    def _saved_key(self, model: Model) -> str:
+        return f"snapshot {model.source.url}"
+
+    async def _load(self, model: Model) -> tuple[Snapshot, float] | None:
+        saved = await trio.to_thread.run_sync(self._cache.get_meta, self._saved_key(model))
+        if saved is None:
+            return None
+        try:
+            return Snapshot.from_json(saved["snapshot"]), float(saved["resolved_at"])
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s: the snapshot on disk cannot be used: %s", model.name, error)
+            return None
+
+    async def _save(self, model: Model) -> None:
+        if model.snapshot is None:
+            return
+        data = {"snapshot": model.snapshot.to_json(), "resolved_at": model.resolved_at}
+        await trio.to_thread.run_sync(self._cache.set_meta, self._saved_key(model), data)
+
+    # -- on demand -------------------------------------------------------------------------------------
+
+    async def find(self, parent: Directory, name: str) -> Node | None:
+        """Return the child `name` of a directory with a resolver; one store call serves all who ask.
+
+        Raises:
+            StoreError: the store failed to say whether there is such a name.
+
+        """
+        if not _NAME.fullmatch(name) and not isinstance(parent.resolver, _Entries):
+            return None
+        key = (parent.ino, name)
+        lock = self._resolving.setdefault(key, trio.Lock())
+        try:
+            async with lock:
+                present = parent.children.get(name)
+                if present is not None:
+                    return present
+                if self._absent.get(key, -math.inf) > trio.current_time():
+                    return None
+                try:
+                    return await self._find(parent, name)
+                except NotFound as error:
+                    log.info("%s", error)
+                    self._absent[key] = trio.current_time() + ABSENT_SECONDS
+                    return None
+        finally:
+            if not lock.locked():
+                self._resolving.pop(key, None)
+
+    async def _find(self, parent: Directory, name: str) -> Node | None:
+        match parent.resolver:
+            case _Organisations(namespace):
+                path = f"{namespace}/{name}"
+                resolver = _Names(path, f"{namespace}://{name}/")
+                node = Directory(inode(path, "", "path"), parent.mtime, resolver=resolver)
+                return self.tree.adopt(parent, name, node)
+            case _Names(path, url):
+                return await self._find_model(parent, name, f"{path}/{name}", f"{url}{name}")
+            case _Entries(model, _):
+                return await self._find_entry(parent, name, model)
+            case unknown:
+                raise TypeError(f"not a resolver: {unknown!r}")
+
+    async def _find_model(self, parent: Directory, name: str, path: str, url: str) -> Node | None:
+        if url.startswith("s3://"):
+            url += "/"
+        model = self.models.get(path) or self.add(path, url, self._options_for(url), optional=True)
+        try:
+            await self._resolve(model, seconds=0.0)
+        except NotFound:
+            del self.models[path]
+            raise
+        except StoreError as error:
+            saved = await self._load(model)
+            if saved is None:
+                del self.models[path]
+                raise
+            model.snapshot, model.resolved_at = saved
+            model.offline, model.state, model.why = True, "ready", str(error)
+            self._show(model)
+        return parent.children.get(name)
+
+    async def _find_entry(self, parent: Directory, name: str, model: Model) -> Node:
+        prefix = parent.resolver.prefix
+        entry = await model.source.store.entry(f"{prefix}{name}")
+        node: Node
+        if entry.kind == "directory":
+            resolver = _Entries(model, f"{prefix}{name}/")
+            node = Directory(inode(model.name, entry.path, "directory"), entry.mtime, resolver=resolver)
+        else:
+            node = leaf(model.name, entry, model)
+        return self.tree.adopt(parent, name, node)
+
+    # -- contents --------------------------------------------------------------------------------------
+
+    async def open(self, node: File[Model]) -> tuple[Reader, bool]:
+        """Return a reader of a file, and whether the kernel may keep its pages of it."""
+        source = node.model.source
+        keep = self._fetcher.keeps_pages(source, node.entry)
+        return await self._fetcher.open(source, node.entry), keep
+
+    def cached_bytes(self, model: Model, entry: Entry) -> int:
+        """Return how many bytes of `entry` are in the cache."""
+        return self._cache.cached_bytes(model.source.key(entry), entry.size)
+
+    def attributes(self, node: File[Model]) -> dict[str, Callable[[], str]]:
+        """Return the extended attributes of a file: name → function that returns the value."""
+        entry, model = node.entry, node.model
+        found: dict[str, Callable[[], str]] = {
+            "user.modelfs.source": partial(str, model.source.url),
+            "user.modelfs.version": partial(str, entry.version),
+            "user.modelfs.cached_bytes": lambda: str(self.cached_bytes(model, entry)),
+        }
+        if entry.digest is not None:
+            found[f"user.modelfs.{entry.digest.algorithm}"] = partial(str, entry.digest.value)
+        return found
+
+    def report(self, model: Model) -> dict[str, Any]:
+        """Return what ``modelfs status`` says about a model."""
+        snapshot = model.snapshot
+        entries = list(snapshot.entries.values()) if snapshot else []
+        return {
+            "name": model.name,
+            "source": model.source.url,
+            "state": model.state,
+            "why": model.why,
+            "revision": snapshot.revision if snapshot else None,
+            "resolved_at": model.resolved_at,
+            "offline": model.offline,
+            "files": sum(entry.kind == "file" for entry in entries),
+            "size": sum(entry.size for entry in entries),
+            "cached_bytes": sum(self.cached_bytes(model, entry) for entry in entries if entry.kind == "file"),
+            "rejected": len(snapshot.rejected) if snapshot else 0,
+        }

@@ -1,0 +1,238 @@
+"""One process for one mount: cache, fetch path, catalog, transport and control API, from start to unmount."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from modelfs import __version__, control
+from modelfs.cache import Cache
+from modelfs.catalog import Catalog
+from modelfs.config import Settings, options_for
+from modelfs.errors import ModelfsError, MountError
+from modelfs.fetch.client import RangeClient
+from modelfs.fetch.engine import Fetcher
+from modelfs.fuse import mountpoint
+from modelfs.fuse.operations import Operations
+from modelfs.fuse.pyfuse import Transport
+from modelfs.fuse.tuning import tune
+from modelfs.metrics import Metrics
+from modelfs.tree import Change, Tree
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 10.0
+"""How long open files are served after the daemon was asked to stop."""
+
+
+def run(settings: Settings, *, ready: Callable[[], None]) -> None:
+    """Mount, call `ready` when the tree answers, and serve until it is unmounted or SIGTERM or SIGINT comes.
+
+    Raises:
+        ModelfsError: the mount could not be made; nothing is left mounted then.
+
+    """
+    try:
+        trio.run(partial(_main, settings, ready), strict_exception_groups=True)
+    except BaseExceptionGroup as group:
+        known = group.subgroup(ModelfsError)
+        if known is None:
+            raise
+        raise _first(known) from None
+
+
+def _first(group: BaseExceptionGroup[ModelfsError]) -> ModelfsError:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+async def _main(settings: Settings, ready: Callable[[], None]) -> None:
+    metrics = Metrics()
+    place = mountpoint.canonical(settings.mountpoint)
+    await trio.to_thread.run_sync(partial(mountpoint.prepare, place, allow_other=settings.allow_other))
+    cache = await trio.to_thread.run_sync(
+        partial(
+            Cache.open,
+            settings.cache.directory,
+            limit=settings.cache.size,
+            min_free=settings.cache.min_free,
+            metrics=metrics,
+        )
+    )
+    client = RangeClient(metrics=metrics, connections=settings.connections)
+    try:
+        async with trio.open_nursery() as nursery:
+            daemon = Daemon(settings, nursery, cache, client, metrics)
+            await daemon.serve(ready)
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await client.close()
+            await trio.to_thread.run_sync(cache.close)
+
+
+class Daemon:
+    """A mount while it lives; also what the control API drives."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        nursery: trio.Nursery,
+        cache: Cache,
+        client: RangeClient,
+        metrics: Metrics,
+    ) -> None:
+        self.metrics = metrics
+        self._settings = settings
+        self._nursery = nursery
+        self._cache = cache
+        self._place = mountpoint.canonical(settings.mountpoint)
+        self._started = time.time()
+        self._stopping = trio.Event()
+        self._transport: Transport | None = None
+        self._fetcher = Fetcher(
+            nursery,
+            cache,
+            client,
+            metrics,
+            connections=settings.connections,
+            read_deadline=settings.read_deadline,
+        )
+        self._tree = Tree()
+        self._catalog = Catalog(
+            self._tree,
+            cache,
+            self._fetcher,
+            metrics,
+            partial(options_for, store_options=settings.store_options),
+            self._invalidate,
+        )
+
+    def _invalidate(self, changes: list[Change]) -> None:
+        if self._transport is not None and changes:
+            self._nursery.start_soon(self._transport.invalidate, changes)
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Mount and serve until the end; see :func:`run`."""
+        settings = self._settings
+        for model in settings.models:
+            self._catalog.add(model.name, model.sources[0], model.options, optional=model.optional)
+        for namespace in settings.namespaces:
+            self._catalog.add_namespace(namespace)
+        await self._catalog.start(self._nursery, keep_going=settings.keep_going)
+        operations = Operations(self._tree, self._catalog, self.metrics)
+        self._transport = Transport(operations, self._place, allow_other=settings.allow_other)
+        log.info("mounted on %s by pyfuse3, modelfs %s, pid %d", self._place, __version__, os.getpid())
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._catalog.run, settings.refresh)
+                nursery.start_soon(self._stop_when_asked, nursery.cancel_scope)
+                nursery.start_soon(self._announce, nursery, ready)
+                await self._transport.run()
+                log.info("unmounted from %s", self._place)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._transport.close(unmount=True)
+
+    async def _announce(self, nursery: trio.Nursery, ready: Callable[[], None]) -> None:
+        """Say that the mount is there once it answers; a thread asks, because this loop has to answer."""
+        await trio.to_thread.run_sync(mountpoint.check_answers, self._place)
+        mount = mountpoint.mount_at(self._place)
+        if mount is not None:
+            await trio.to_thread.run_sync(tune, mount.device)
+        await nursery.start(control.serve, self, control.socket_path(self._place))
+        ready()
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("%s: unmounting", signal.Signals(number).name)
+                self.stop()
+
+    async def _stop_when_asked(self, serving: trio.CancelScope) -> None:
+        """Take the mount out of sight, serve who still reads for a while, then end the session."""
+        await self._stopping.wait()
+        try:
+            await trio.to_thread.run_sync(partial(mountpoint.detach, self._place, lazy=True))
+        except MountError as error:
+            log.warning("%s", error)
+        await trio.sleep(DRAIN_SECONDS)
+        log.warning("files are still open %g s after the unmount; they get errors now", DRAIN_SECONDS)
+        serving.cancel()
+
+    # -- what the control API asks for -----------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Begin to unmount and end; returns at once."""
+        self._stopping.set()
+
+    async def refresh(self, model: str | None) -> dict[str, Any]:
+        """Resolve one model, or all, now; return their status."""
+        return {"models": [self._catalog.report(m) for m in await self._catalog.refresh(model)]}
+
+    def status(self) -> dict[str, Any]:
+        """Return the document of docs/status.md."""
+        settings, value = self._settings, self.metrics.value
+        read, hit = value("modelfs_read_bytes_total"), value("modelfs_hit_bytes_total")
+        usage = self._cache.usage()
+        return {
+            "version": 1,
+            "modelfs": __version__,
+            "pid": os.getpid(),
+            "mountpoint": str(self._place),
+            "started": self._started,
+            "transport": {"name": Transport.name, "why": _why(settings.transport)},
+            "config": str(settings.source_file) if settings.source_file else None,
+            "log": str(settings.log_file) if settings.log_file else None,
+            "models": [self._catalog.report(model) for model in self._catalog.models.values()],
+            "namespaces": list(settings.namespaces),
+            "cache": {
+                "directory": str(self._cache.directory),
+                "used": usage.used,
+                "limit": usage.limit,
+                "free": usage.free,
+                "objects": usage.objects,
+                "unclean_start": usage.unclean_start,
+            },
+            "reads": {
+                "bytes": int(read),
+                "hit_bytes": int(hit),
+                "hit_ratio": hit / read if read else None,
+                "errors": self._by_kind("modelfs_read_errors_total"),
+            },
+            "fetch": {
+                "bytes": int(value("modelfs_fetched_bytes_total")),
+                "requests": int(value("modelfs_store_requests_total")),
+                "retries": int(value("modelfs_store_retries_total")),
+                "errors": self._by_kind("modelfs_store_errors_total"),
+                "in_flight": self._fetcher.in_flight,
+            },
+            "open_handles": int(value("modelfs_open_handles")),
+            "rss_bytes": _rss(),
+        }
+
+    def _by_kind(self, name: str) -> Mapping[str, int]:
+        kinds: dict[str, int] = {}
+        for family in self.metrics.registry.collect():
+            for sample in family.samples:
+                if sample.name == name and sample.value:
+                    kind = sample.labels["kind"]
+                    kinds[kind] = kinds.get(kind, 0) + int(sample.value)
+        return kinds
+
+
+def _why(wanted: str) -> str:
+    return "asked for" if wanted == Transport.name else "the transport that works on every kernel"
+
+
+def _rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,149 @@
+"""What is known of one object that somebody has open: its readers, and what of it is on its way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import trio
+
+from modelfs.cache import CacheObject, Verifier
+from modelfs.errors import Corrupt, ModelfsError
+from modelfs.fetch.planner import Priority, Step, Stream, plan
+from modelfs.fetch.source import Source
+from modelfs.types import Digest, Entry, Span, block_count, block_span
+
+PER_OBJECT = 8
+"""Most blocks of one object on their way at once: one model's load leaves room for another's."""
+
+GRAIN = 128 * 1024
+"""A block wanted from its middle is fetched from there first, rounded down to this many bytes."""
+
+
+class Range:
+    """A part of a flight that arrives in order: `done` bytes of `span` are there."""
+
+    __slots__ = ("done", "span")
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.done = 0
+
+    def holds(self, span: Span) -> bool:
+        """Return whether all bytes of `span` have arrived by this range."""
+        return self.span.start <= span.start and span.stop <= self.span.start + self.done
+
+    @property
+    def rest(self) -> Span:
+        """What has not arrived yet."""
+        return Span(self.span.start + self.done, self.span.stop)
+
+
+class Flight:
+    """One block on its way; after a store ignored ranges, the whole object on its way."""
+
+    __slots__ = ("blocks", "buffer", "error", "finished", "needs", "priority", "ranges", "scope", "whole")
+
+    def __init__(self, block: int, priority: Priority, size: int, origin: int) -> None:
+        span = block_span(block, size)
+        parts = (Span(origin, span.stop), Span(span.start, origin))
+        self.blocks = range(block, block + 1)
+        self.priority = priority
+        self.ranges = [Range(part) for part in parts if part]
+        self.needs: tuple[int, ...] = ()
+        self.buffer: bytearray | None = None
+        self.whole = False
+        self.finished = False
+        self.error: ModelfsError | None = None
+        self.scope = trio.CancelScope()
+
+    def holds(self, span: Span) -> bool:
+        """Return whether all bytes of `span`, a part of this flight's blocks, have arrived."""
+        return any(part.holds(span) for part in self.ranges)
+
+    def cover(self, blocks: range, size: int) -> None:
+        """Start over as one range over `blocks`."""
+        self.blocks = blocks
+        stop = block_span(blocks[-1], size).stop
+        self.ranges = [Range(Span(block_span(blocks[0], size).start, stop))]
+
+
+class Download:
+    """One object that somebody has open: who reads it, what is on its way."""
+
+    def __init__(self, source: Source, entry: Entry, cached: CacheObject) -> None:
+        self.source = source
+        self.entry = entry
+        self.object = cached
+        self.digest: Digest | None = entry.digest
+        self.readers = 0
+        self.demand: dict[int, int] = {}
+        self.origins: dict[int, int] = {}
+        self.streams: tuple[Stream, ...] = ()
+        self.flights: dict[int, Flight] = {}
+        self.prefetch = False
+        self.paused_until = -math.inf
+        self.no_ranges = False
+        self.error: Corrupt | None = None
+        self.verifier: Verifier | None = None
+        self.verifying = False
+        self.closed = False
+        self._changed = trio.lowlevel.ParkingLot()
+
+    @property
+    def blocks(self) -> range:
+        """All blocks of the object."""
+        return range(block_count(self.entry.size))
+
+    @property
+    def unproven(self) -> bool:
+        """Whether all blocks are there but their published digest is still to be checked."""
+        return self.digest is not None and self.object.complete and not self.object.verified
+
+    def wake(self) -> None:
+        """Let every waiting reader look again; each says anew what it needs."""
+        for flight in self.flights.values():
+            flight.needs = ()
+        self._changed.unpark_all()
+
+    async def changed(self) -> None:
+        """Wait until `wake` is called."""
+        await self._changed.park()
+
+    def steps(self, now: float) -> Iterator[Step]:
+        """Yield what to fetch next, most urgent first."""
+        if self.error or self.object.complete or len(self.flights) >= PER_OBJECT:
+            return iter(())
+        if self.no_ranges:
+            wanted = [] if self.flights else list(self.demand)[:1]
+            return iter([Step(block, Priority.DEMAND) for block in wanted])
+        paused = now < self.paused_until
+        return plan(
+            blocks=len(self.blocks),
+            absent=lambda block: block not in self.flights and not self.object.has(block),
+            demand=self.demand,
+            streams=() if paused else self.streams,
+            whole=self.prefetch and not paused,
+        )
+
+    def last_absent(self, block: int) -> bool:
+        """Return whether `block` is all that is missing, so that its arrival completes the object."""
+        missing = len(self.blocks) - self.object.present_blocks
+        return missing <= 1 and not self.object.has(block)
+
+    def go_whole(self, flight: Flight) -> bool:
+        """Turn `flight` into the one stream of the whole object, which a store without ranges sends.
+
+        Return False if another flight already is that stream.
+        """
+        self.no_ranges = True
+        if any(other.whole for other in self.flights.values() if other is not flight):
+            return False
+        flight.whole = True
+        for other in set(self.flights.values()) - {flight}:
+            other.scope.cancel()
+        flight.cover(self.blocks, self.entry.size)
+        for block in flight.blocks:
+            if not self.object.has(block):
+                self.flights[block] = flight
+        return True

@@ -1,0 +1,459 @@
+"""The fetch path: readers in, range requests out, single flight per block.
+
+How it hangs together
+---------------------
+A :class:`Fetcher` holds one :class:`Download` per open object. Readers wait on the download; `planner.plan`
+says which blocks to get; a :class:`Flight` is one block on its way, a task of the fetcher's nursery that runs
+until the block is in the cache or has failed for good.
+
+Concurrency
+-----------
+Everything in this package belongs to the trio thread, but for the sinks of `transfer`, whose methods run in
+a worker thread of the range client. They share with the trio thread only the flight's `done` counters and
+`needs`:
+
+- the worker stores `done` and then looks at `needs`; a waiter stores its need and then looks at `done`. In
+  either order one of the two sees the other's write, so no wake-up is lost (the GIL orders both);
+- the worker alone writes the bytes of a flight's range, and no reader looks at bytes before `done` says that
+  they are there;
+- everything else crosses over with ``run_sync_soon`` (progress) or ``from_thread.run_sync`` (a store that
+  ignores ranges changes what a flight covers, which only the trio thread may decide).
+
+No lock is held across I/O. Bytes go to the cache file; only when the cache disk fails do they stay in
+memory, bounded by `MEMORY_BLOCKS`.
+
+What a reader may get
+---------------------
+Bytes of a block that is in the cache, or that have already arrived for a block on its way. The block that
+completes an object whose store publishes a digest is withheld until the digest was checked: nobody reads a
+whole object and ends up with wrong bytes, and small files are always checked before their first byte.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from modelfs.cache import Cache
+from modelfs.errors import CacheError, Corrupt, ModelfsError
+from modelfs.fetch.client import RangeClient
+from modelfs.fetch.download import GRAIN, PER_OBJECT, Download, Flight
+from modelfs.fetch.planner import Priority, Step, advance, is_weights
+from modelfs.fetch.source import Source
+from modelfs.fetch.transfer import Transfer
+from modelfs.metrics import Metrics
+from modelfs.types import Digest, Entry, Span, block_span
+
+log = logging.getLogger(__name__)
+
+RESERVED = {Priority.DEMAND: 0, Priority.READAHEAD: 2, Priority.PREFETCH: 4}
+"""Connections each priority leaves free for more urgent work."""
+
+MEMORY_BLOCKS = 4
+"""Blocks kept in memory while the cache disk cannot take them, and as many more on their way."""
+
+DISK_PAUSE = 30.0
+"""Seconds for which a cache disk that failed is not tried again."""
+
+PREFETCH_PAUSE = 15.0
+"""Seconds for which an object is not prefetched after a block of it failed."""
+
+
+class Reader:
+    """One open handle on the content of an entry; made by :meth:`Fetcher.open`."""
+
+    def __init__(self, fetcher: Fetcher, download: Download) -> None:
+        self._fetcher = fetcher
+        self._download = download
+        self._closed = False
+
+    async def read(self, start: int, size: int) -> bytes:
+        """Return the bytes ``[start, start + size)``, fewer only at the end of the content.
+
+        Cancelling leaves what is on its way on its way.
+
+        Raises:
+            StoreError: the bytes cannot be had: retries ended, or the deadline passed.
+            Corrupt: the content does not have its published digest.
+
+        """
+        return await self._fetcher.read(self._download, start, size)
+
+    def close(self) -> None:
+        """Let go; prefetching ends with the last reader of the object."""
+        if not self._closed:
+            self._closed = True
+            self._fetcher.release(self._download)
+
+
+class Fetcher:
+    """The fetch path of one daemon.
+
+    Args:
+        nursery: where flights run; cancelling it ends them.
+        cache: where blocks are kept.
+        client: what moves the bytes.
+        metrics: what is counted.
+        connections: most requests at once; the client's own number.
+        read_deadline: seconds a reader waits before it gets an error.
+
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        cache: Cache,
+        client: RangeClient,
+        metrics: Metrics,
+        *,
+        connections: int = 16,
+        read_deadline: float = 300.0,
+    ) -> None:
+        self._nursery = nursery
+        self._cache = cache
+        self._transfer = Transfer(client, metrics, read_deadline, self.committed)
+        self._metrics = metrics
+        self._connections = connections
+        self._deadline = read_deadline
+        self._downloads: OrderedDict[str, Download] = OrderedDict()
+        self._active = 0
+        self._disk_paused_until = -math.inf
+        self._memory: OrderedDict[tuple[str, int], Flight] = OrderedDict()
+        self._memory_slots = trio.Semaphore(MEMORY_BLOCKS)
+        self._making_room = trio.Lock()
+        self._tainted: set[str] = set()
+        self._disk = trio.CapacityLimiter(16)
+
+    @property
+    def in_flight(self) -> int:
+        """How many data requests are under way."""
+        return self._active
+
+    # -- readers ---------------------------------------------------------------------------------------
+
+    async def open(self, source: Source, entry: Entry) -> Reader:
+        """Return a reader of `entry`; a weight file begins to stream into the cache.
+
+        Raises:
+            CacheError: never for a broken disk; only if this daemon is closing.
+
+        """
+        key = source.key(entry)
+        download = self._downloads.get(key)
+        if download is None or download.error:
+            cached = await trio.to_thread.run_sync(self._cache.object, key, entry.size, limiter=self._disk)
+            current = self._downloads.get(key)
+            if current is not None and not current.error:
+                await trio.to_thread.run_sync(cached.close, limiter=self._disk)
+                download = current
+            else:
+                download = self._downloads[key] = Download(source, entry, cached)
+                self._start_verifying(download)
+        download.readers += 1
+        if is_weights(entry.path) and self._fits(entry):
+            download.prefetch = True
+            self.pump()
+        return Reader(self, download)
+
+    def keeps_pages(self, source: Source, entry: Entry) -> bool:
+        """Return whether the kernel may keep its pages of `entry` over the open that asks.
+
+        False once after the content was found corrupt: what was read before must not be read again.
+        """
+        key = source.key(entry)
+        tainted = key in self._tainted
+        self._tainted.discard(key)
+        return not tainted
+
+    def release(self, download: Download) -> None:
+        """Count one reader less; with the last one go prefetch, streams and, when quiet, the object."""
+        download.readers -= 1
+        if download.readers == 0:
+            download.prefetch = False
+            download.streams = ()
+            for flight in set(download.flights.values()):
+                if flight.buffer is not None:
+                    flight.scope.cancel()
+            self._retire(download)
+
+    def _retire(self, download: Download) -> None:
+        if download.readers or download.flights or download.verifying or download.closed:
+            return
+        download.closed = True
+        key = download.object.key
+        if self._downloads.get(key) is download:
+            del self._downloads[key]
+        for held in [k for k in self._memory if k[0] == key]:
+            del self._memory[held]
+        self._nursery.start_soon(partial(trio.to_thread.run_sync, download.object.close, limiter=self._disk))
+
+    async def read(self, download: Download, start: int, size: int) -> bytes:
+        """Return the bytes ``[start, start + size)`` of `download`; see :meth:`Reader.read`."""
+        end = download.entry.size
+        span = Span(min(start, end), min(start + size, end))
+        if not span:
+            return b""
+        cached = download.object
+        if not cached.complete:
+            download.streams = advance(download.streams, span)
+        hit = cached.covers(span)
+        data = cached.read_now(span) if hit and not download.error and not download.unproven else None
+        if data is None:
+            data = await self._read_waiting(download, span)
+        self._metrics.read_bytes.inc(len(data))
+        if hit:
+            self._metrics.hit_bytes.inc(len(data))
+        self.pump_for(download)
+        return data
+
+    async def _read_waiting(self, download: Download, span: Span) -> bytes:
+        cached = download.object
+        with trio.move_on_after(self._deadline):
+            while True:
+                if download.error:
+                    raise download.error
+                if cached.covers(span) and not download.unproven:
+                    data = await self._read_disk(cached.read, span)
+                else:
+                    data = await self._read_arriving(download, span)
+                if data is not None:
+                    return data
+        raise download.source.unavailable(f"{download.entry.path} {span.start}-{span.stop}", self._deadline)
+
+    async def _read_disk(self, read: Callable[[Span], bytes], span: Span) -> bytes | None:
+        """Return what `read` (of a cached object) returns; None if the cache no longer has it."""
+        try:
+            return await trio.to_thread.run_sync(read, span, limiter=self._disk)
+        except CacheError as error:
+            # The block is gone from the cache's table by now: it will be fetched again.
+            self._metrics.cache_errors.inc()
+            log.warning("%s", error)
+            return None
+
+    async def _read_arriving(self, download: Download, span: Span) -> bytes | None:
+        """Wait until all of `span` is there and return it; None if it has to be looked at anew."""
+        pieces = []
+        for block in span.blocks():
+            part = block_span(block, download.entry.size)
+            pieces.append((block, Span(max(span.start, part.start), min(span.stop, part.stop))))
+        seen: set[Flight] = set()
+        wanted: list[int] = []
+        try:
+            while True:
+                if download.error:
+                    raise download.error
+                missing = [
+                    (block, piece) for block, piece in pieces if not self._there(download, block, piece)
+                ]
+                if not missing:
+                    break
+                for flight in seen:
+                    if flight.error:
+                        raise flight.error
+                for block, piece in missing:
+                    if block not in wanted and not download.object.has(block):
+                        wanted.append(block)
+                        download.demand[block] = download.demand.get(block, 0) + 1
+                        download.origins.setdefault(block, piece.start)
+                self.pump_for(download)
+                for block, piece in missing:
+                    if coming := download.flights.get(block):
+                        seen.add(coming)
+                        coming.needs = (*coming.needs, piece.stop)
+                if all(not self._there(download, block, piece) for block, piece in missing):
+                    await download.changed()
+        finally:
+            for block in wanted:
+                download.demand[block] -= 1
+                if not download.demand[block]:
+                    del download.demand[block]
+                    download.origins.pop(block, None)
+        return await self._collect(download, pieces)
+
+    def _there(self, download: Download, block: int, piece: Span) -> bool:
+        if download.object.has(block):
+            return not download.unproven
+        if (download.object.key, block) in self._memory:
+            return True
+        flight = download.flights.get(block)
+        if flight is None or not flight.holds(piece):
+            return False
+        return flight.buffer is not None or download.digest is None or not download.last_absent(block)
+
+    async def _collect(self, download: Download, pieces: list[tuple[int, Span]]) -> bytes | None:
+        parts: list[bytes] = []
+        for block, piece in pieces:
+            cached = download.object
+            flight = self._memory.get((cached.key, block)) or download.flights.get(block)
+            if cached.has(block):
+                data = cached.read_now(piece) or await self._read_disk(cached.read, piece)
+            elif flight is not None and flight.buffer is not None:
+                start = piece.start - block_span(block, download.entry.size).start
+                data = bytes(flight.buffer[start : start + len(piece)])
+            else:
+                data = await self._read_disk(cached.peek, piece)
+            if data is None:
+                return None
+            parts.append(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    # -- scheduling ------------------------------------------------------------------------------------
+
+    def pump_for(self, download: Download) -> None:
+        """Start what `download` needs now, if it needs anything."""
+        if not download.object.complete:
+            for priority in Priority:
+                self._start_steps(download, priority)
+
+    def pump(self) -> None:
+        """Start flights while there are connections: demand of all objects first, then the rest in turn."""
+        for priority in Priority:
+            for key, download in list(self._downloads.items()):
+                if self._room(priority) <= 0:
+                    break
+                if self._start_steps(download, priority):
+                    self._downloads.move_to_end(key)
+
+    def _room(self, priority: Priority) -> int:
+        return self._connections - RESERVED[priority] - self._active
+
+    def _start_steps(self, download: Download, priority: Priority) -> bool:
+        """Start what `download` needs at `priority` or more urgently; return whether anything started."""
+        now = trio.current_time()
+        started = False
+        if self._room(priority) <= 0 or (priority and now < self._disk_paused_until):
+            return started
+        for step in download.steps(now):
+            if step.priority > priority or self._room(priority) <= 0 or len(download.flights) >= PER_OBJECT:
+                break
+            self._start(download, step)
+            started = True
+        return started
+
+    def _start(self, download: Download, step: Step) -> None:
+        size = download.entry.size
+        span = block_span(step.block, size)
+        origin = download.origins.get(step.block, span.start) // GRAIN * GRAIN
+        flight = Flight(step.block, step.priority, size, max(span.start, origin))
+        download.flights[step.block] = flight
+        self._active += 1
+        self._nursery.start_soon(self._fly, download, flight)
+
+    def _fits(self, entry: Entry) -> bool:
+        return self._cache.limit is None or entry.size <= self._cache.limit
+
+    # -- flights ---------------------------------------------------------------------------------------
+
+    async def _fly(self, download: Download, flight: Flight) -> None:
+        try:
+            with flight.scope:
+                await self._land(download, flight)
+        except ModelfsError as error:
+            flight.error = error
+            download.paused_until = trio.current_time() + PREFETCH_PAUSE
+            level = logging.WARNING if download.demand else logging.INFO
+            log.log(level, "%s: %s: %s", download.source.url, download.entry.path, error)
+        finally:
+            flight.finished = True
+            self._active -= 1
+            for block in flight.blocks:
+                if download.flights.get(block) is flight:
+                    del download.flights[block]
+            download.wake()
+            self.pump()
+            self._retire(download)
+
+    async def _land(self, download: Download, flight: Flight) -> None:
+        """Bring the flight's bytes in and make them part of the cache, or of the memory without one."""
+        if trio.current_time() >= self._disk_paused_until:
+            try:
+                await self._make_room(sum(len(part.span) for part in flight.ranges))
+                await self._transfer.run(download, flight)
+                for block in flight.blocks:
+                    if not download.object.has(block):
+                        await trio.to_thread.run_sync(download.object.commit, block, limiter=self._disk)
+            except CacheError as error:
+                self._metrics.cache_errors.inc()
+                log.warning("%s; streaming without the cache for %g s", error, DISK_PAUSE)
+                self._disk_paused_until = trio.current_time() + DISK_PAUSE
+            else:
+                self.committed(download)
+                return
+        wanted = next((block for block in flight.blocks if block in download.demand), None)
+        if wanted is not None:
+            async with self._memory_slots:
+                await self._land_in_memory(download, flight, wanted)
+
+    async def _land_in_memory(self, download: Download, flight: Flight, block: int) -> None:
+        """Bring `block` in, and keep it while it is among the last few."""
+        for other in flight.blocks:
+            if other != block and download.flights.get(other) is flight:
+                del download.flights[other]
+        flight.cover(range(block, block + 1), download.entry.size)
+        flight.buffer = bytearray(len(flight.ranges[0].span))
+        await self._transfer.run(download, flight)
+        self._memory[(download.object.key, block)] = flight
+        if len(self._memory) > MEMORY_BLOCKS:
+            self._memory.popitem(last=False)
+
+    async def _make_room(self, size: int) -> None:
+        if self._cache.room_for(size):
+            return
+        async with self._making_room:
+            if not self._cache.room_for(size):
+                await trio.to_thread.run_sync(self._cache.make_room, size, limiter=self._disk)
+            if not self._cache.room_for(size):
+                raise CacheError(
+                    f"{self._cache.directory}: no room for another block; free disk or raise the size"
+                )
+
+    # -- digests ---------------------------------------------------------------------------------------
+
+    def committed(self, download: Download) -> None:
+        """Go on with the digest after a block came in, and let readers look again."""
+        self._start_verifying(download)
+        download.wake()
+
+    def _start_verifying(self, download: Download) -> None:
+        digest, cached = download.digest, download.object
+        if digest is None or cached.verified or download.verifying or not cached.has(0):
+            return
+        download.verifying = True
+        self._nursery.start_soon(self._verify, download, digest)
+
+    async def _verify(self, download: Download, digest: Digest) -> None:
+        """Hash on, in file order, as far as blocks have come in; judge the object when all are there."""
+        try:
+            if download.verifier is None:
+                download.verifier = download.object.verifier(digest)
+            while await trio.to_thread.run_sync(download.verifier.advance, limiter=self._disk):
+                pass
+        except CacheError as error:
+            # A block failed its checksum or the disk failed: what is absent now is fetched again.
+            self._metrics.cache_errors.inc()
+            log.warning("%s", error)
+            download.verifier = None
+        finally:
+            download.verifying = False
+        verdict = download.verifier.result() if download.verifier else None
+        if verdict is False:
+            await self._condemn(download)
+        elif verdict:
+            self._metrics.verified.labels("good").inc()
+        download.wake()
+        self._retire(download)
+
+    async def _condemn(self, download: Download) -> None:
+        self._metrics.verified.labels("bad").inc()
+        download.error = Corrupt(
+            f"{download.source.url}: {download.entry.path}: the bytes do not have the published digest "
+            f"{download.digest}; they were discarded and the next open fetches them again"
+        )
+        log.error("%s", download.error)
+        self._tainted.add(download.object.key)
+        await trio.to_thread.run_sync(download.object.discard, limiter=self._disk)

@@ -1,0 +1,164 @@
+"""Moving one flight's bytes: attempts at the range client, and what to do after each kind of failure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from modelfs.errors import AccessDenied, BadAnswer, Expired, NotFound, Stale, StoreError
+from modelfs.fetch.client import RangeClient
+from modelfs.fetch.download import Download, Flight, Range
+from modelfs.fetch.source import delays
+from modelfs.metrics import Metrics
+from modelfs.types import Span, block_span
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = {Expired: 3, Stale: 2, NotFound: 2, AccessDenied: 2, BadAnswer: 4}
+"""Attempts per block for failures that a new location may cure; others are retried until the deadline."""
+
+
+class _Abort(Exception):  # never an error: it ends a transfer that is no longer wanted
+    """Raised in a sink to end a transfer."""
+
+
+class _Sink:
+    """Takes one attempt's bytes in a worker thread: into the cache file, or into memory without one."""
+
+    def __init__(self, transfer: Transfer, download: Download, flight: Flight, part: Range) -> None:
+        self._transfer = transfer
+        self._download = download
+        self._flight = flight
+        self._part = part
+        self._token = trio.lowlevel.current_trio_token()
+
+    def begin(self, span: Span) -> None:
+        if span == self._part.rest or self._flight.buffer is not None:
+            return
+        goes_on = trio.from_thread.run_sync(self._download.go_whole, self._flight, trio_token=self._token)
+        if not goes_on:
+            raise _Abort
+        self._part = self._flight.ranges[0]
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        flight, part = self._flight, self._part
+        if flight.buffer is not None:
+            # A store that ignores ranges sends everything: pick this flight's part out of it.
+            skip = max(0, part.rest.start - offset)
+            data = memoryview(data)[skip : part.rest.stop - offset]
+            start = part.done
+            flight.buffer[start : start + len(data)] = data
+        else:
+            self._download.object.write(offset, data)
+            if flight.whole:
+                self._commit_passed(offset, offset + len(data))
+        before = part.span.start + part.done
+        part.done += len(data)
+        after = part.span.start + part.done
+        if any(before < need <= after for need in flight.needs):
+            self._token.run_sync_soon(self._download.wake, idempotent=True)
+        if flight.buffer is not None and not part.rest:
+            raise _Abort
+
+    def _commit_passed(self, start: int, stop: int) -> None:
+        size = self._download.entry.size
+        for block in Span(start, stop).blocks():
+            if block_span(block, size).stop <= stop and not self._download.object.has(block):
+                self._download.object.commit(block)
+                self._token.run_sync_soon(self._transfer.committed, self._download)
+
+
+class Transfer:
+    """Runs the attempts of all flights.
+
+    Args:
+        client: what moves the bytes.
+        metrics: what is counted.
+        deadline: seconds after which a flight fails with its last error.
+        committed: called in the trio thread after a block of a whole-object stream became part of the cache.
+
+    """
+
+    def __init__(
+        self,
+        client: RangeClient,
+        metrics: Metrics,
+        deadline: float,
+        committed: Callable[[Download], None],
+    ) -> None:
+        self._client = client
+        self._metrics = metrics
+        self._deadline = deadline
+        self.committed = committed
+
+    async def run(self, download: Download, flight: Flight) -> None:
+        """Run attempts until every range of the flight has arrived.
+
+        Raises:
+            StoreError: no attempt can help, or the deadline passed.
+            CacheError: the cache disk failed.
+
+        """
+        deadline = trio.current_time() + self._deadline
+        failures: dict[type[StoreError], int] = {}
+        pauses = delays()
+        while True:
+            part = next((part for part in flight.ranges if part.rest), None)
+            if part is None:
+                return
+            before = part.done
+            try:
+                await self._attempt(download, flight, part)
+            except _Abort:
+                if part.rest:  # another flight brings these blocks
+                    flight.scope.cancel()
+                    await trio.lowlevel.checkpoint()
+            except StoreError as error:
+                await self._recover(download, flight, error, failures, next(pauses), deadline)
+            if part.done > before:
+                pauses = delays()
+                failures.clear()
+
+    async def _attempt(self, download: Download, flight: Flight, part: Range) -> None:
+        location = await download.source.location(download.entry)
+        download.digest = download.digest or location.digest
+        sink = _Sink(self, download, flight, part)
+        await self._client.fetch(location, part.rest, download.entry.size, sink)
+
+    async def _recover(
+        self,
+        download: Download,
+        flight: Flight,
+        error: StoreError,
+        failures: dict[type[StoreError], int],
+        pause: float,
+        deadline: float,
+    ) -> None:
+        """Return when another attempt makes sense; raise what the reader gets when none does."""
+        kind = type(error)
+        failures[kind] = failures.get(kind, 0) + 1
+        where = f"{download.source.url}: {download.entry.path}"
+        limit = ATTEMPTS.get(kind)
+        if limit is not None:
+            download.source.forget(download.entry)
+            if failures[kind] >= limit:
+                match error:
+                    case Expired():
+                        raise AccessDenied(
+                            f"{where}: the store refuses every new signature: {error}"
+                        ) from error
+                    case NotFound():
+                        raise Stale(f"{where}: the store no longer has this version: {error}") from error
+                    case _:
+                        raise error
+        elif not error.retryable:
+            raise error
+        pause = max(pause, getattr(error, "retry_after", None) or 0.0)
+        abandoned = not download.demand and failures[kind] >= 3
+        if abandoned or trio.current_time() + pause > deadline:
+            raise error
+        self._metrics.retries.labels(download.source.scheme).inc()
+        log.info("%s: %s; again in %.1f s", where, error, pause)
+        await trio.sleep(pause)

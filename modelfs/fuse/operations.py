@@ -1,0 +1,250 @@
+"""The tree as FUSE operations; knows no transport.
+
+Every operation answers or raises :class:`OSError` with the errno for the kernel: errors of modelfs carry
+theirs, anything unexpected is logged with its traceback and becomes ``EIO``. Times are in seconds, names are
+text decoded with the file system encoding (``surrogateescape``).
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from modelfs.catalog import Catalog
+from modelfs.errors import ModelfsError
+from modelfs.fetch.engine import Reader
+from modelfs.metrics import Metrics
+from modelfs.tree import Directory, File, Link, Node, Text, Tree
+
+log = logging.getLogger(__name__)
+
+LONG = 3600.0
+"""Seconds the kernel may keep what it was told: snapshots are immutable, refreshing invalidates changes."""
+
+SHORT = 5.0
+"""Seconds the kernel may keep that an on-demand namespace has no such name."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What the kernel learns of a node; `ino` 0 says that there is none, and for how long that holds."""
+
+    ino: int
+    mode: int = 0
+    size: int = 0
+    mtime: float = 0.0
+    links: int = 1
+    timeout: float = LONG
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An open file: its handle, and whether the kernel may keep the pages it already has."""
+
+    handle: int
+    keep_cache: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One name of a directory; `next` is where a listing goes on after it."""
+
+    name: str
+    attributes: Attributes
+    node: Node
+    next: int
+
+
+def answering(
+    operation: Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
+    """Return `operation` with every exception turned into the OSError that the kernel gets."""
+
+    @functools.wraps(operation)
+    async def guarded(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await operation(self, *args, **kwargs)
+        except OSError as error:
+            raise OSError(error.errno or errno.EIO, str(error)) from error
+        except ModelfsError as error:
+            self.metrics.read_errors.labels(type(error).__name__).inc()
+            log.warning("%s: %s", operation.__name__, error)
+            raise OSError(error.errno, str(error)) from error
+        except Exception as error:
+            self.metrics.read_errors.labels(type(error).__name__).inc()
+            log.exception("%s failed", operation.__name__)
+            raise OSError(errno.EIO, "internal error") from error
+
+    return guarded
+
+
+class Operations:
+    """The operations of one mount; all belong to the trio thread."""
+
+    def __init__(self, tree: Tree, catalog: Catalog, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self._tree = tree
+        self._catalog = catalog
+        self._handles: dict[int, Reader | bytes] = {}
+        self._listings: dict[int, list[tuple[str, Node]]] = {}
+        self._numbers = count(1)
+        self.owner = (os.getuid(), os.getgid())
+
+    def _node(self, ino: int) -> Node:
+        node = self._tree.node(ino)
+        if node is None:
+            raise OSError(errno.ESTALE, f"no inode {ino}")
+        return node
+
+    def _directory(self, ino: int) -> Directory:
+        node = self._node(ino)
+        if not isinstance(node, Directory):
+            raise OSError(errno.ENOTDIR, f"inode {ino} is not a directory")
+        return node
+
+    def attributes(self, node: Node) -> Attributes:
+        """Return what the kernel learns of `node`."""
+        match node:
+            case Directory():
+                return Attributes(node.ino, stat.S_IFDIR | 0o555, 0, node.mtime, node.links)
+            case File():
+                return Attributes(node.ino, stat.S_IFREG | 0o444, node.entry.size, node.mtime)
+            case Text():
+                return Attributes(node.ino, stat.S_IFREG | 0o444, len(node.content), node.mtime)
+            case Link():
+                return Attributes(node.ino, stat.S_IFLNK | 0o777, len(os.fsencode(node.target)), node.mtime)
+            case _:
+                raise TypeError(f"not a kind of node: {node!r}")
+
+    @answering
+    async def lookup(self, parent: int, name: str) -> Attributes:
+        """Return the attributes of a name and count the lookup; `ino` 0 if there is no such name."""
+        directory = self._directory(parent)
+        node = self._resolve_dots(directory, name) or directory.children.get(name)
+        if node is None and directory.resolver is not None:
+            node = await self._catalog.find(directory, name)
+        if node is None:
+            return Attributes(0, timeout=LONG if directory.resolver is None else SHORT)
+        self._tree.remember(node)
+        return self.attributes(node)
+
+    def _resolve_dots(self, directory: Directory, name: str) -> Node | None:
+        return directory if name == "." else None
+
+    @answering
+    async def getattr(self, ino: int) -> Attributes:
+        """Return the attributes of an inode."""
+        return self.attributes(self._node(ino))
+
+    @answering
+    async def readlink(self, ino: int) -> str:
+        """Return the target of a symbolic link."""
+        node = self._node(ino)
+        if not isinstance(node, Link):
+            raise OSError(errno.EINVAL, f"inode {ino} is not a symbolic link")
+        return node.target
+
+    @answering
+    async def open(self, ino: int, flags: int) -> Opened:
+        """Open a file for reading; ``O_DIRECT`` is fine, anything that writes is ``EROFS``."""
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise OSError(errno.EROFS, "the tree is read-only")
+        node = self._node(ino)
+        content: Reader | bytes
+        match node:
+            case File():
+                content, keep = await self._catalog.open(node)
+            case Text():
+                content, keep = node.content, True
+            case _:
+                raise OSError(errno.EISDIR if isinstance(node, Directory) else errno.EINVAL, "not a file")
+        handle = next(self._numbers)
+        self._handles[handle] = content
+        self.metrics.open_handles.inc()
+        return Opened(handle, keep)
+
+    @answering
+    async def read(self, handle: int, offset: int, size: int) -> bytes:
+        """Return the bytes ``[offset, offset + size)`` of an open file, fewer only at its end."""
+        content = self._handles[handle]
+        if isinstance(content, bytes):
+            return content[offset : offset + size]
+        return await content.read(offset, size)
+
+    @answering
+    async def release(self, handle: int) -> None:
+        """Close an open file."""
+        content = self._handles.pop(handle)
+        self.metrics.open_handles.dec()
+        if not isinstance(content, bytes):
+            content.close()
+
+    @answering
+    async def opendir(self, ino: int) -> int:
+        """Open a directory; what it lists stays as it is now until it is closed."""
+        directory = self._directory(ino)
+        handle = next(self._numbers)
+        self._listings[handle] = sorted(directory.children.items())
+        return handle
+
+    @answering
+    async def readdir(self, handle: int, start: int) -> Iterator[Listed]:
+        """Return the names of an open directory from position `start` on, made as they are asked for."""
+        listing = self._listings[handle]
+        return (
+            Listed(name, self.attributes(node), node, position + 1)
+            for position, (name, node) in enumerate(islice(listing, start, None), start)
+        )
+
+    @answering
+    async def releasedir(self, handle: int) -> None:
+        """Close an open directory."""
+        del self._listings[handle]
+
+    def remember(self, node: Node) -> None:
+        """Count that a listing taught the kernel `node`'s number."""
+        self._tree.remember(node)
+
+    def forget(self, inodes: list[tuple[int, int]]) -> None:
+        """Count what the kernel dropped: pairs of inode number and references."""
+        for ino, references in inodes:
+            self._tree.forget(ino, references)
+
+    @answering
+    async def statfs(self) -> dict[str, int]:
+        """Return ``struct statvfs`` values: everything there is, all of it used, in blocks of 4 KiB."""
+        snapshots = [model.snapshot for model in self._catalog.models.values() if model.snapshot]
+        return {
+            "f_bsize": 4096,
+            "f_frsize": 4096,
+            "f_blocks": sum(-(-snapshot.size // 4096) for snapshot in snapshots),
+            "f_files": sum(len(snapshot.entries) for snapshot in snapshots),
+            "f_namemax": 255,
+        }
+
+    def _xattrs(self, ino: int) -> dict[str, Callable[[], str]]:
+        node: Any = self._node(ino)
+        return self._catalog.attributes(node) if isinstance(node, File) else {}
+
+    @answering
+    async def getxattr(self, ino: int, name: str) -> bytes:
+        """Return the value of an extended attribute; ``ENODATA`` if there is none of this name."""
+        value = self._xattrs(ino).get(name)
+        if value is None:
+            raise OSError(errno.ENODATA, f"no attribute {name}")
+        return os.fsencode(value())
+
+    @answering
+    async def listxattr(self, ino: int) -> list[str]:
+        """Return the names of the extended attributes."""
+        return sorted(self._xattrs(ino))

@@ -1,0 +1,161 @@
+"""Real mounts for tests: the daemon is started by the command line, the reading code is another process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modelfs.fuse import mountpoint
+
+BAD_LOG = re.compile(r"\b(ERROR|CRITICAL)\b|Traceback")
+DEADLINE = 120
+
+
+class Mounted:
+    """A mount and its daemon; `path` is the mountpoint."""
+
+    def __init__(self, path: Path, cache: Path, log: Path, env: Mapping[str, str]) -> None:
+        self.path = path
+        self.cache = cache
+        self.log = log
+        self.env = dict(env)
+        self.allowed_errors: list[str] = []
+        """Regular expressions of log lines that this test provokes."""
+
+    def cli(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return modelfs(*words, env=self.env, check=check)
+
+    def status(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.cli("status", str(self.path), "--json").stdout)
+        return document
+
+    def fetched(self) -> int:
+        return int(self.status()["fetch"]["bytes"])
+
+    def requests(self) -> int:
+        return int(self.status()["fetch"]["requests"])
+
+    def run(
+        self, *command: str, user: str | None = None, check: bool = True, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a reader, as another user if asked; its output is text."""
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=check,
+            timeout=DEADLINE,
+            user=user,
+            cwd="/",
+            env={**os.environ, **(env or {})},
+        )
+
+    def python(
+        self, code: str, *args: str, user: str | None = None, env: Mapping[str, str] | None = None
+    ) -> str:
+        """Run Python code in a reader of its own; return what it printed, show what it said if it fails."""
+        result = self.run(sys.executable, "-W", "ignore", "-c", code, *args, user=user, check=False, env=env)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return result.stdout
+
+    def drop_pages(self) -> None:
+        """Forget the kernel's page cache, so that every read reaches the daemon again."""
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+
+    def umount(self) -> None:
+        self.cli("umount", str(self.path))
+
+    def bad_lines(self) -> list[str]:
+        text = self.log.read_text() if self.log.exists() else ""
+        return [
+            line
+            for line in text.splitlines()
+            if BAD_LOG.search(line) and not any(re.search(allowed, line) for allowed in self.allowed_errors)
+        ]
+
+
+def modelfs(
+    *words: str, env: Mapping[str, str] | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    result = subprocess.run(
+        [sys.executable, "-m", "modelfs", *words],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+    if check:
+        assert result.returncode == 0, f"modelfs {' '.join(words)}: {result.stderr or result.stdout}"
+    return result
+
+
+@contextmanager
+def mounted(
+    directory: Path,
+    *flags: str,
+    sources: Mapping[str, str] | None = None,
+    config: str | None = None,
+    env: Mapping[str, str] | None = None,
+    transport: str = "pyfuse3",
+    cache: Path | None = None,
+) -> Iterator[Mounted]:
+    """Mount below `directory` and unmount in the end, whatever happens.
+
+    Args:
+        directory: of this test; mountpoint, cache and log are made in it.
+        flags: further words for ``modelfs mount``.
+        sources: model name → store URL.
+        config: text of a configuration file.
+        env: variables for the daemon (endpoints, credentials).
+        transport: how the daemon talks to the kernel.
+        cache: a cache directory to use again.
+
+    """
+    path, log = directory / "models", directory / "daemon.log"
+    path.mkdir(exist_ok=True)
+    own = Mounted(path, cache or directory / "cache", log, env or {})
+    words: list[str] = ["mount", str(path), "--cache-dir", str(own.cache), "--log-file", str(log)]
+    words += ["--transport", transport, "--log-level", "info", *flags]
+    for name, url in (sources or {}).items():
+        words += ["--source", f"{name}={url}"]
+    if config is not None:
+        file = directory / "modelfs.yaml"
+        file.write_text(config)
+        words += ["--config", str(file)]
+    failed = True
+    try:
+        own.cli(*words)
+        yield own
+        failed = False
+    finally:
+        _teardown(own)
+        if not failed:
+            assert own.bad_lines() == [], "the daemon logged errors"
+
+
+def _teardown(own: Mounted) -> None:
+    if mountpoint.mount_at(own.path) is None:
+        return
+    pids = daemon_pids(own.path)
+    result = own.cli("umount", str(own.path), check=False)
+    while mountpoint.mount_at(own.path) is not None:
+        mountpoint.detach(own.path, lazy=True)
+    for pid in pids:
+        if Path(f"/proc/{pid}").exists() and result.returncode:
+            os.kill(pid, 15)
+
+
+def daemon_pids(path: Path) -> Sequence[int]:
+    """Return the processes that serve the mount at `path`, as the daemon says itself."""
+    result = modelfs("status", str(path), "--json", check=False)
+    return [int(json.loads(result.stdout)["pid"])] if result.returncode == 0 else []

@@ -1,0 +1,227 @@
+"""The tree against a dict: names, inode numbers, refreshes and what the kernel still holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from modelfs.tree import Change, Directory, File, Link, Node, Tree, grow, inode, metadata
+from modelfs.types import Entry, Snapshot
+
+NAMES = st.sampled_from(["a", "b", "config.json", "sub", "ü"])
+PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
+LISTINGS = st.dictionaries(PATHS, st.integers(1, 3), max_size=8)
+
+
+def snapshot(listing: dict[str, int], url: str = "mock://x") -> Snapshot:
+    entries = [Entry(path, size=n, version=f"v{n}", mtime=float(n)) for path, n in listing.items()]
+    return Snapshot.of(url, "", entries)
+
+
+def shown(node: Node, prefix: str = "") -> dict[str, Entry]:
+    """Return the files under `node` by path."""
+    if isinstance(node, File):
+        return {prefix: node.entry}
+    assert isinstance(node, Directory)
+    found: dict[str, Entry] = {}
+    for name, child in node.children.items():
+        found |= shown(child, f"{prefix}/{name}" if prefix else name)
+    return found
+
+
+@given(LISTINGS)
+def test_a_model_shows_exactly_its_snapshot(listing: dict[str, int]) -> None:
+    snap = snapshot(listing)
+    assert shown(grow("m", snap, None)) == dict(snap.entries)
+
+
+@given(LISTINGS)
+def test_the_same_snapshot_gets_the_same_numbers(listing: dict[str, int]) -> None:
+    def numbers(node: Node) -> dict[str, int]:
+        assert isinstance(node, Directory)
+        return {name: child.ino for name, child in node.children.items()}
+
+    assert numbers(grow("m", snapshot(listing), None)) == numbers(grow("m", snapshot(listing), None))
+
+
+def test_a_new_version_is_a_new_inode_and_a_directory_stays_itself() -> None:
+    tree = Tree()
+    tree.put(("m",), grow("m", snapshot({"d/w": 1, "d/same": 1}), None))
+    model = tree.root.children["m"]
+    assert isinstance(model, Directory)
+    directory = model.children["d"]
+    assert isinstance(directory, Directory)
+    old = {name: node.ino for name, node in directory.children.items()}
+    changes = tree.put(("m",), grow("m", snapshot({"d/w": 2, "d/same": 1}), None))
+    assert tree.root.children["m"] is model
+    assert model.children["d"] is directory
+    assert directory.children["same"].ino == old["same"]
+    assert directory.children["w"].ino != old["w"]
+    assert changes == [Change(directory.ino, "w")]
+
+
+def test_what_the_kernel_holds_outlives_a_refresh_until_it_is_forgotten() -> None:
+    tree = Tree()
+    tree.put(("m",), grow("m", snapshot({"w": 1, "x": 1}), None))
+    model = tree.root.children["m"]
+    assert isinstance(model, Directory)
+    held, loose = model.children["w"], model.children["x"]
+    tree.remember(held, 2)
+    tree.put(("m",), grow("m", snapshot({"w": 2}), None))
+    assert tree.node(held.ino) is held
+    assert tree.node(loose.ino) is None
+    tree.forget(held.ino, 1)
+    assert tree.node(held.ino) is held
+    tree.forget(held.ino, 1)
+    assert tree.node(held.ino) is None
+
+
+def test_a_listing_may_teach_a_number_that_already_left_the_tree() -> None:
+    tree = Tree()
+    tree.put(("m",), grow("m", snapshot({"w": 1}), None))
+    model = tree.root.children["m"]
+    assert isinstance(model, Directory)
+    node = model.children["w"]
+    tree.put(("m",), grow("m", snapshot({"w": 2}), None))
+    tree.remember(node)
+    assert tree.node(node.ino) is node
+    tree.forget(node.ino, 1)
+    assert tree.node(node.ino) is None
+
+
+def test_a_version_that_comes_back_is_the_old_inode_again() -> None:
+    tree = Tree()
+    tree.put(("m",), grow("m", snapshot({"w": 1}), None))
+    model = tree.root.children["m"]
+    assert isinstance(model, Directory)
+    node = model.children["w"]
+    tree.remember(node)
+    tree.put(("m",), grow("m", snapshot({"w": 2}), None))
+    tree.put(("m",), grow("m", snapshot({"w": 1}), None))
+    tree.forget(node.ino, 1)
+    assert tree.node(node.ino) is model.children["w"]
+
+
+def test_names_of_two_parts_share_their_organisation() -> None:
+    tree = Tree()
+    tree.put(("org", "a"), grow("org/a", snapshot({"w": 1}), None))
+    tree.put(("org", "b"), grow("org/b", snapshot({"w": 1}), None))
+    assert sorted(shown(tree.root)) == ["org/a/w", "org/b/w"]
+    tree.remove(("org", "a"))
+    assert sorted(shown(tree.root)) == ["org/b/w"]
+    tree.remove(("org", "b"))
+    assert tree.root.children == {}
+
+
+def test_a_symbolic_link_is_shown_and_one_that_leaves_the_model_is_not() -> None:
+    entries = [
+        Entry("v1/w", 1, "x"),
+        Entry("latest", kind="symlink", target="v1"),
+        Entry("out", kind="symlink", target="../other"),
+        Entry("abs", kind="symlink", target="/etc/passwd"),
+    ]
+    snap = Snapshot.of("mock://x", "", entries)
+    root = grow("m", snap, None)
+    link = root.children["latest"]
+    assert isinstance(link, Link)
+    assert link.target == "v1"
+    assert sorted(root.children) == ["latest", "v1"]
+    assert {path for path, _ in snap.rejected} == {"out", "abs"}
+
+
+def test_inode_numbers_leave_the_root_alone() -> None:
+    assert all(inode(str(n)) > 1 for n in range(1000))
+    assert all(inode(str(n)) < 2**63 for n in range(1000))
+
+
+def test_metadata_is_yaml_and_names_every_model() -> None:
+    import yaml
+
+    rows: list[dict[str, Any]] = [{"name": 'org/"x"', "source": "hf://a/b", "size": 3, "digest": "sha256:00"}]
+    read = yaml.safe_load(metadata("modelfs 1", rows))
+    assert read["models"] == {'org/"x"': {"source": "hf://a/b", "size": 3, "digest": "sha256:00"}}
+    assert yaml.safe_load(metadata("modelfs 1", [])) == {"generator": "modelfs 1", "models": {}}
+
+
+@pytest.mark.parametrize("path", ["../x", "/abs", "a//b", "a/./b", "nul\0", "x" * 256, "new\nline", ""])
+def test_a_hostile_name_never_reaches_the_tree(path: str) -> None:
+    snap = Snapshot.of("mock://x", "", [Entry(path, 1, "v"), Entry("good", 1, "v")])
+    assert shown(grow("m", snap, None)).keys() == {"good"}
+    assert [p for p, _ in snap.rejected] == [path]
+
+
+class TreeModel(RuleBasedStateMachine):
+    """Refreshes, lookups and forgets in any order; a dict says what must be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tree = Tree()
+        self.listings: dict[str, dict[str, Entry]] = {}
+        self.held: dict[int, tuple[Node, int]] = {}
+
+    @rule(name=st.sampled_from(["m", "n", "org/m"]), listing=LISTINGS)
+    def refresh(self, name: str, listing: dict[str, int]) -> None:
+        snap = snapshot(listing)
+        before = self._names()
+        changes = self.tree.put(tuple(name.split("/")), grow(name, snap, None))
+        self.listings[name] = dict(snap.entries)
+        after = self._names()
+        told = {(change.parent, change.name) for change in changes}
+        for key in before.keys() & after.keys():
+            assert before[key] == after[key] or key in told, "the kernel is told of every name that changed"
+        for key in before.keys() - after.keys():
+            assert key in told or key[0] not in {parent for parent, _ in after}
+
+    @rule(data=st.data())
+    def lookup(self, data: st.DataObject) -> None:
+        nodes = [node for node in self._nodes(self.tree.root) if node is not self.tree.root]
+        if nodes:
+            node = data.draw(st.sampled_from(nodes))
+            self.tree.remember(node)
+            self.held[node.ino] = (node, self.held.get(node.ino, (node, 0))[1] + 1)
+
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        if self.held:
+            ino = data.draw(st.sampled_from(sorted(self.held)))
+            count = data.draw(st.integers(1, self.held[ino][1]))
+            self.tree.forget(ino, count)
+            node, left = self.held[ino]
+            if left == count:
+                del self.held[ino]
+            else:
+                self.held[ino] = (node, left - count)
+
+    @invariant()
+    def shows_what_was_put(self) -> None:
+        wanted = {
+            f"{name}/{path}": e for name, entries in self.listings.items() for path, e in entries.items()
+        }
+        assert shown(self.tree.root) == wanted
+
+    @invariant()
+    def every_number_the_kernel_may_use_answers(self) -> None:
+        for node in self._nodes(self.tree.root):
+            assert self.tree.node(node.ino) is node
+        for ino in self.held:
+            assert self.tree.node(ino) is not None
+
+    def _nodes(self, node: Node) -> list[Node]:
+        below = list(node.children.values()) if isinstance(node, Directory) else []
+        return [node, *(n for child in below for n in self._nodes(child))]
+
+    def _names(self) -> dict[tuple[int, str], int]:
+        return {
+            (node.ino, name): child.ino
+            for node in self._nodes(self.tree.root)
+            if isinstance(node, Directory)
+            for name, child in node.children.items()
+        }
+
+
+TestTreeModel = TreeModel.TestCase
+TestTreeModel.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
