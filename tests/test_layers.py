@@ -35,9 +35,11 @@ ONLY_IN = {
     "huggingface_hub": {"stores/hf.py"},
     "pycurl": {"fetch/client.py"},
     "diskcache": {"cache.py"},
-    "typer": {"cli.py"},
-    "rich": {"cli.py"},
-    "yaml": {"config.py"},
+    "typer": {"cli/__init__.py"},
+    "rich": {"cli/__init__.py", "cli/show.py"},
+    "yaml": {"config/document.py"},
+    "starlette": {"control/app.py"},
+    "hypercorn": {"control/app.py"},
 }
 
 
