@@ -1,0 +1,166 @@
+"""The daemon's side of the control API: a Starlette application on a Unix socket, served by trio."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from pathlib import Path
+from typing import Any, Protocol
+
+import hypercorn.config
+import hypercorn.trio
+import trio
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from modelfs.control.runtime import Record, peer_pid, remove, write_record
+from modelfs.errors import AccessDenied, ConfigError, ModelfsError, MountError, NotFound
+from modelfs.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+STATUS_CODES: tuple[tuple[type[ModelfsError], int], ...] = (
+    (ConfigError, 400),
+    (AccessDenied, 403),
+    (NotFound, 404),
+    (ModelfsError, 502),
+)
+"""HTTP status of each class of errors; the first that fits counts."""
+
+
+class Daemon(Protocol):
+    """What the control API shows and drives."""
+
+    metrics: Metrics
+
+    def status(self) -> dict[str, Any]:
+        """Return the state as docs/status.md describes it; no I/O that could block."""
+
+    async def refresh(self, model: str | None) -> dict[str, Any]:
+        """Resolve `model`, or every model, again; return ``{"models": [...]}`` as in docs/status.md.
+
+        Raises:
+            NotFound: there is no model of this name.
+
+        """
+
+    def stop(self) -> None:
+        """Begin to unmount and end; returns at once."""
+
+
+def application(daemon: Daemon) -> Starlette:
+    """Return the control API of `daemon` as an ASGI application."""
+
+    async def status(request: Request) -> Response:
+        return JSONResponse(daemon.status())
+
+    async def refresh(request: Request) -> Response:
+        return JSONResponse(await daemon.refresh(await _model(request)))
+
+    async def shutdown(request: Request) -> Response:
+        async def stop() -> None:
+            daemon.stop()
+
+        # After the answer is out: whoever asked shall hear it.
+        return JSONResponse({"stopping": True}, background=BackgroundTask(stop))
+
+    async def healthz(request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(daemon.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return Starlette(
+        routes=[
+            Route("/v1/status", status),
+            Route("/v1/refresh", refresh, methods=["POST"]),
+            Route("/v1/shutdown", shutdown, methods=["POST"]),
+            Route("/healthz", healthz),
+            Route("/metrics", metrics),
+        ],
+        exception_handlers={ModelfsError: _refusal, Exception: _bug},
+    )
+
+
+async def _model(request: Request) -> str | None:
+    """Return what the body ``{"model": NAME}`` names; None for an empty body or object."""
+    body = await request.body()
+    try:
+        asked = json.loads(body or b"{}")
+    except ValueError:
+        raise ConfigError('the body is not JSON: send {"model": "NAME"} or nothing') from None
+    if not isinstance(asked, dict) or asked.keys() - {"model"}:
+        raise ConfigError('the body is not understood: send {"model": "NAME"} or nothing')
+    model = asked.get("model")
+    if model is not None and not isinstance(model, str):
+        raise ConfigError("model is not text")
+    return model
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    code = next(code for kind, code in STATUS_CODES if isinstance(error, kind))
+    return JSONResponse({"error": str(error), "kind": type(error).__name__}, status_code=code)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    # The server logs the traceback.
+    return JSONResponse({"error": "internal error: see the daemon's log"}, status_code=500)
+
+
+async def serve(
+    daemon: Daemon, socket_path: Path, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve the control API of `daemon` on `socket_path` until cancelled; for ``nursery.start``.
+
+    Started means that connections are accepted and the record lies beside the socket. Both are removed
+    at the end.
+
+    Raises:
+        MountError: another daemon listens there, or the socket cannot be made.
+
+    """
+    listener = _listen(socket_path)
+    try:
+        status = daemon.status()
+        record = Record(Path(status["mountpoint"]), status["pid"], status["started"], status["modelfs"])
+        write_record(socket_path, record)
+        # hypercorn takes the descriptor over and closes it.
+        config = _server_config(listener.detach())
+        await hypercorn.trio.serve(application(daemon), config, task_status=task_status)  # type: ignore[arg-type]
+    finally:
+        listener.close()
+        remove(socket_path)
+
+
+def _listen(path: Path) -> socket.socket:
+    if peer_pid(path) is not None:
+        raise MountError(f"another daemon listens on {path}: modelfs umount its mountpoint first")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        # Before listen(): until then nobody can connect. A umask would be the whole process's.
+        path.chmod(0o600)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise MountError(f"{path}: cannot listen: {error.strerror or error}") from error
+    return listener
+
+
+def _server_config(descriptor: int) -> hypercorn.config.Config:
+    # hypercorn tells at level INFO where it runs; its errors are ours to log.
+    logger = logging.getLogger("modelfs.control.server")
+    logger.setLevel(logging.WARNING)
+    config = hypercorn.config.Config()
+    config.bind = [f"fd://{descriptor}"]
+    config.accesslog = None
+    config.errorlog = logger
+    config.include_server_header = False
+    config.graceful_timeout = 1.0
+    return config

@@ -1,0 +1,55 @@
+"""Ask a daemon: its state, a refresh, its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from modelfs.errors import MountError
+
+
+class ControlClient:
+    """A client of the daemon that listens on a control socket; each call is one connection.
+
+    All calls raise :class:`modelfs.errors.MountError` if no daemon answers in time or it refuses.
+    """
+
+    def __init__(self, socket_path: Path) -> None:
+        self._socket = socket_path
+
+    def status(self, seconds: float = 10.0) -> dict[str, Any]:
+        """Return the daemon's state as docs/status.md describes it."""
+        return self._call("GET", "/v1/status", seconds)
+
+    def refresh(self, model: str | None = None, seconds: float = 600.0) -> dict[str, Any]:
+        """Make the daemon resolve `model`, or every model, again; return what became of each."""
+        return self._call("POST", "/v1/refresh", seconds, {} if model is None else {"model": model})
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """Ask the daemon to unmount and end; returns when it has heard, not when it is done."""
+        self._call("POST", "/v1/shutdown", seconds, {})
+
+    def _call(self, method: str, path: str, seconds: float, body: Any = None) -> dict[str, Any]:
+        transport = httpx.HTTPTransport(uds=str(self._socket))
+        timeout = httpx.Timeout(seconds, connect=min(seconds, 10.0))
+        try:
+            with httpx.Client(
+                transport=transport, base_url="http://modelfs", timeout=timeout, trust_env=False
+            ) as client:
+                response = client.request(method, path, json=body)
+                answer = response.json()
+        except httpx.ConnectError as error:
+            raise MountError(
+                f"no daemon listens on {self._socket}: is it mounted? see modelfs status"
+            ) from error
+        except httpx.TimeoutException as error:
+            raise MountError(f"the daemon on {self._socket} did not answer within {seconds:.0f} s") from error
+        except (httpx.HTTPError, json.JSONDecodeError) as error:
+            raise MountError(f"the daemon on {self._socket} gave no valid answer: see its log") from error
+        if response.is_error or not isinstance(answer, dict):
+            reason = answer.get("error") if isinstance(answer, dict) else None
+            raise MountError(f"the daemon refused: {reason or response.status_code}")
+        return answer
