@@ -1,0 +1,5 @@
+"""``python -m modelfs`` is the command ``modelfs``."""
+
+from modelfs.cli import main
+
+main()

@@ -1,0 +1,325 @@
+"""The command line: each command gathers values, calls the layer below, prints; errors are one line.
+
+docs/cli.md lists commands and exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import trio
+import typer
+
+from modelfs import __version__, config, control
+from modelfs.cli import launch, show
+from modelfs.errors import CacheError, ConfigError, ModelfsError, MountError, NotFound, StoreError
+from modelfs.fuse import mountpoint
+from modelfs.stores import open_store, redact
+from modelfs.types import Entry, Snapshot
+
+EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (ConfigError, 3),
+    (MountError, 4),
+    (CacheError, 5),
+    (StoreError, 6),
+    (Exception, 1),
+)
+"""Exit code of each class of errors; the first that fits counts. 2 is a wrong command line, 130 Ctrl-C."""
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+app = typer.Typer(
+    name="modelfs",
+    help="Show remote model stores as a local, read-only directory tree.",
+    epilog="""\b
+Examples:
+  modelfs mount /models                     what modelfs.yaml says, or hf/ and s3/ on demand
+  modelfs mount /models --source finbert=hf://ProsusAI/finbert
+  modelfs status
+  modelfs umount /models""",
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(
+    help="Work with configuration files.",
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(config_app, name="config")
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line `args`, by default the process's, and exit."""
+    try:
+        app(args=args, prog_name="modelfs")
+    except Exception as error:
+        if os.environ.get("MODELFS_LOG_LEVEL") == "debug":
+            traceback.print_exc()
+        text = str(error)
+        if not isinstance(error, ModelfsError):
+            text = (
+                f"unexpected {type(error).__name__}: {error}: set MODELFS_LOG_LEVEL=debug for the traceback"
+            )
+        print(f"modelfs: {show.printable(' '.join(text.split()))}", file=sys.stderr)
+        sys.exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind)))
+    sys.exit(0)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"modelfs {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+Mountpoint = Annotated[
+    Path, typer.Argument(metavar="MOUNTPOINT", help="The directory to mount on.", show_default=False)
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Configuration file. Without it: $MODELFS_CONFIG, ./modelfs.yaml, /etc/modelfs/config.yaml.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  modelfs mount /models
+  modelfs mount /models --source finbert=hf://ProsusAI/finbert --cache-size 20GiB
+  modelfs mount /models --config fleet.yaml --foreground
+
+Everything a flag says can also stand in the configuration file or in MODELFS_… variables."""
+)
+def mount(
+    place: Mountpoint,
+    config_file: ConfigFile = None,
+    source: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=URL", help="A model to show, besides those of the file.")
+    ] = None,
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Directory of the cache.")] = None,
+    cache_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Its limit, like 50GiB.")] = None,
+    transport: Annotated[str | None, typer.Option(metavar="auto|pyfuse3", help="How to mount.")] = None,
+    allow_other: Annotated[
+        bool | None, typer.Option("--allow-other/--no-allow-other", help="Let other users read the mount.")
+    ] = None,
+    refresh: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Look for new revisions so often, like 60s; 0 = never.")
+    ] = None,
+    keep_going: Annotated[
+        bool | None,
+        typer.Option("--keep-going/--no-keep-going", help="Mount although some models cannot be resolved."),
+    ] = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, log to standard error, unmount on Ctrl-C or SIGTERM.")
+    ] = False,
+    log_file: Annotated[str | None, typer.Option(metavar="FILE", help="Where the daemon logs.")] = None,
+    log_level: Annotated[
+        str | None, typer.Option(metavar="debug|info|warning|error", help="How much is logged.")
+    ] = None,
+) -> None:
+    """Show the models on MOUNTPOINT and return when they can be read."""
+    path = mountpoint.canonical(place)
+    flags = {
+        "cache.dir": cache_dir,
+        "cache.size": cache_size,
+        "transport": transport,
+        "allow_other": allow_other,
+        "refresh": refresh,
+        "keep_going": keep_going,
+        "log_file": log_file,
+        "log_level": log_level,
+    }
+    settings = config.load(mountpoint=path, config_file=config_file, flags=flags, sources=source or ())
+    owner = control.find(path)
+    if owner is not None and mountpoint.mount_at(path) is not None:
+        raise MountError(f"{path} is already mounted, by pid {owner.pid}: modelfs umount {path} first")
+    mountpoint.prepare(path, allow_other=settings.allow_other)
+    if foreground:
+        launch.foreground(settings)
+        return
+    count = len(settings.models)
+    what = f"mounting {path}" + (f": resolving {count} model{'s' * (count > 1)}" if count else "")
+    errors = show.console(stderr=True)
+    if errors.is_terminal:
+        with errors.status(what):
+            data = launch.background(settings)
+    else:
+        data = launch.background(settings)
+    print(show.mounted(data))
+    for model in data["models"]:
+        if model["state"] != "ready" and model["why"]:
+            errors.print(show.printable(f"modelfs: {model['name']}: {model['why']}"))
+
+
+@app.command("daemon", hidden=True)
+def _daemon(ready_fd: Annotated[int, typer.Option()]) -> None:
+    """Be the daemon of a mount in the background; started by modelfs mount, not by people."""
+    launch.serve_background(ready_fd)
+
+
+@app.command()
+def umount(
+    place: Mountpoint,
+    lazy: Annotated[
+        bool,
+        typer.Option("--lazy", help="Do so although it is in use; open files stay readable until closed."),
+    ] = False,
+) -> None:
+    """Take the mount on MOUNTPOINT away and return when its daemon has ended."""
+    print(launch.end(mountpoint.canonical(place), lazy=lazy))
+
+
+@app.command()
+def status(
+    place: Annotated[Path | None, typer.Argument(metavar="[MOUNTPOINT]", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Show models, cache and traffic of the mount on MOUNTPOINT, or of all your mounts."""
+    if place is not None:
+        data = _client(place).status()
+        if as_json:
+            _print_json(data)
+        else:
+            show.status(show.console(), data)
+        return
+    found = [
+        control.ControlClient(control.socket_path(record.mountpoint)).status() for record in control.mounts()
+    ]
+    if as_json:
+        _print_json(found)
+        return
+    if not found:
+        print("nothing is mounted")
+    for number, data in enumerate(found):
+        if number:
+            print()
+        show.status(show.console(), data)
+
+
+@app.command()
+def refresh(
+    place: Mountpoint,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="By default all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look for new revisions of one model, or of all, on MOUNTPOINT now."""
+    answer = _client(place).refresh(model)
+    if as_json:
+        _print_json(answer)
+    else:
+        show.models(show.console(), answer["models"])
+
+
+def _client(place: Path) -> control.ControlClient:
+    """Return the client of the daemon that serves `place`."""
+    path = mountpoint.canonical(place)
+    if control.find(path) is None:
+        raise MountError(f"{path} is not mounted by you: modelfs status lists what is")
+    return control.ControlClient(control.socket_path(path))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  modelfs ls hf://ProsusAI/finbert
+  modelfs ls s3://models/bert --option endpoint_url=http://localhost:9000
+  modelfs ls --long file:///srv/models/bert onnx"""
+)
+def ls(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The store.", show_default=False)],
+    path: Annotated[str, typer.Argument(metavar="[PATH]", help="List only what is there.")] = "",
+    long: Annotated[bool, typer.Option("--long", "-l", help="Add revision, digests and times.")] = False,
+    as_json: Json = False,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option for the store.")
+    ] = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """List what the store at URL holds, without mounting it."""
+    options = config.options_for(url, config.store_options(config_file))
+    options |= dict(map(config.parse_option, option or ()))
+    store = open_store(url, options)
+    snapshot = trio.run(store.snapshot)
+    entries = _below(snapshot, path.strip("/"))
+    if not entries and path.strip("/"):
+        if snapshot.complete:
+            raise NotFound(f"{snapshot.url} has no {path}")
+        entries = [trio.run(store.entry, path.strip("/"))]
+    if as_json:
+        head = {"url": snapshot.url, "revision": snapshot.revision, "complete": snapshot.complete}
+        rejected = [{"path": name, "why": why} for name, why in snapshot.rejected]
+        _print_json({**head, "entries": list(map(_entry_json, entries)), "rejected": rejected})
+        return
+    show.listing(show.console(), snapshot, entries, long=long)
+    if not snapshot.complete and not path:
+        show.console(stderr=True).print("the store is too large to list: name a PATH")
+
+
+def _below(snapshot: Snapshot, path: str) -> list[Entry]:
+    """Return the entry at `path` and those below it; all for an empty path."""
+    return [
+        e for e in snapshot.entries.values() if not path or e.path == path or e.path.startswith(f"{path}/")
+    ]
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    return {
+        "path": entry.path,
+        "kind": entry.kind,
+        "size": entry.size,
+        "version": entry.version,
+        "digest": str(entry.digest) if entry.digest else None,
+        "mtime": entry.mtime,
+        "target": entry.target or None,
+    }
+
+
+@config_app.command()
+def check(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="By default the one mount would read.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a configuration file and the MODELFS_… variables; print what a mount would use.
+
+    Nothing is fetched and nothing is mounted. Values of store options are not printed: they may be secrets.
+    """
+    settings = config.load(mountpoint=None, config_file=file)
+    data = settings.to_json()
+    del data["mountpoint"]
+    data["store_options"] = {prefix: sorted(options) for prefix, options in settings.store_options.items()}
+    for model in data["models"]:
+        model["options"] = sorted(model["options"])
+        model["sources"] = [redact(url) for url in model["sources"]]
+    if as_json:
+        _print_json(data)
+    else:
+        show.settings(show.console(), data)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))

@@ -1,0 +1,249 @@
+"""Start a daemon in the background and wait until its mount answers; end one and wait until it is gone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, cast
+
+from modelfs import control, errors
+from modelfs.config import Settings
+from modelfs.errors import ModelfsError, MountError
+from modelfs.fuse import mountpoint
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 600.0
+"""How long a daemon may take to resolve its models and mount."""
+
+STOP_SECONDS = 20.0
+"""How long a daemon may take to end after its mount is gone."""
+
+LINGER_SECONDS = 2.0
+"""How long a lazy unmount waits to see whether anybody still uses the mount."""
+
+
+def default_log_file(mountpoint: Path, env: Mapping[str, str] | None = None) -> Path:
+    """Return the log file of a background daemon that serves `mountpoint`.
+
+    Raises:
+        MountError: the user has no home directory for it.
+
+    """
+    env = os.environ if env is None else env
+    # As systemd-escape --path does it: readable, and no two mountpoints have the same.
+    name = re.sub(
+        r"[^A-Za-z0-9_.,:/]",
+        lambda match: "".join(f"\\x{byte:02x}" for byte in os.fsencode(match[0])),
+        str(mountpoint).strip("/"),
+    ).replace("/", "-")
+    name = f"{name or '-'}.log"[-200:]
+    if os.geteuid() == 0:
+        return Path("/var/log/modelfs") / name
+    try:
+        state = Path(env.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    except RuntimeError:
+        raise MountError("you have no home directory for a log: name a file with --log-file") from None
+    return state.absolute() / "modelfs" / name
+
+
+def log_to(file: Path | None, level: str) -> None:
+    """Send this process's log to `file`, by default standard error, from `level` on.
+
+    The libraries we use are heard from WARNING on: their own debug output shows signed URLs and headers.
+    """
+    handler = logging.StreamHandler() if file is None else logging.FileHandler(file)
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=line, handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("modelfs").setLevel(level.upper())
+
+
+def foreground(settings: Settings) -> None:
+    """Run the daemon in this process until it is unmounted or told to end.
+
+    Raises:
+        ModelfsError: as `daemon.run`.
+
+    """
+    if settings.log_file is not None:
+        _open_log(settings.log_file).close()
+    log_to(settings.log_file, settings.log_level)
+    _run_daemon(settings, lambda: log.info("ready: %s", settings.mountpoint))
+
+
+def _run_daemon(settings: Settings, ready: Callable[[], None]) -> None:
+    from modelfs import daemon  # libfuse, libcurl and more: only the daemon's process pays for them
+
+    daemon.run(settings, ready=ready)
+
+
+def background(settings: Settings) -> dict[str, Any]:
+    """Start a daemon in a session of its own, wait until its mount answers, and return its status.
+
+    Whatever fails before that, also an interrupt, ends the daemon and leaves nothing mounted.
+
+    Raises:
+        ModelfsError: what the daemon said, or that it did not come up.
+
+    """
+    file = settings.log_file or default_log_file(settings.mountpoint)
+    ready, told = os.pipe()
+    with _open_log(file) as output, os.fdopen(ready, "rb", buffering=0) as answers:
+        start = output.seek(0, os.SEEK_END)
+        # -P: the working directory is no place to import from.
+        command = [sys.executable, "-P", "-m", "modelfs", "daemon", "--ready-fd", str(told)]
+        process = subprocess.Popen(  # noqa: S603  # our own words
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=(told,),
+            start_new_session=True,
+        )
+        os.close(told)
+        try:
+            _hand_over(process, replace(settings, log_file=file))
+            _await_ready(answers, file, start)
+            mountpoint.check_answers(settings.mountpoint)
+            return control.ControlClient(control.socket_path(settings.mountpoint)).status()
+        except BaseException:
+            _abandon(process, settings.mountpoint)
+            raise
+
+
+def _hand_over(process: subprocess.Popen[bytes], settings: Settings) -> None:
+    """Give the settings through the pipe: they may hold secrets, so no command line sees them."""
+    with suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as pipe:  # broken: dead, seen next
+        pipe.write(json.dumps(settings.to_json()).encode())
+
+
+def _await_ready(answers: IO[bytes], file: Path, start: int) -> None:
+    """Return when the daemon says that it is ready.
+
+    Raises:
+        ModelfsError: it said why it cannot be, ended without a word, or took too long.
+
+    """
+    deadline = time.monotonic() + START_SECONDS
+    said = b""
+    while not said.endswith(b"\n"):
+        if not select.select([answers], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise MountError(f"the daemon was not ready within {START_SECONDS:.0f} s: see {file}")
+        part = answers.read(65536)
+        if not part:
+            raise MountError(f"the daemon ended before it was ready: {_last_line(file, start)}: see {file}")
+        said += part
+    answer = json.loads(said)
+    if "error" in answer:
+        raise getattr(errors, answer["kind"], ModelfsError)(answer["error"])
+
+
+def _abandon(process: subprocess.Popen[bytes], path: Path) -> None:
+    """End a daemon that did not come up, and take away what it may have mounted."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    mount = mountpoint.mount_at(path)
+    if mount is not None and mount.ours:
+        mountpoint.detach(path, lazy=True)
+
+
+def serve_background(ready_fd: int) -> None:
+    """Be the daemon that `background` started: settings on standard input, one line of JSON to `ready_fd`."""
+    settings = Settings.from_json(json.load(sys.stdin))
+    os.set_inheritable(ready_fd, False)
+    os.chdir("/")  # keep no directory busy
+    log_to(None, settings.log_level)  # standard error is the log file
+
+    def tell(answer: dict[str, str | bool]) -> None:
+        with suppress(OSError), os.fdopen(ready_fd, "w") as pipe:  # closed: told already, or nobody waits
+            pipe.write(json.dumps(answer) + "\n")
+
+    try:
+        _run_daemon(settings, lambda: tell({"ok": True}))
+    except Exception as error:
+        known = isinstance(error, ModelfsError)
+        log.error("%s", error, exc_info=None if known else error)
+        text = str(error) if known else f"unexpected {type(error).__name__}: see {settings.log_file}"
+        tell({"error": text, "kind": type(error).__name__ if known else "ModelfsError"})
+        raise SystemExit(1) from None
+
+
+def end(path: Path, *, lazy: bool) -> str:
+    """Unmount `path` (as `mountpoint.canonical` returns it), wait for its daemon, and say what was done.
+
+    The kernel decides whether the mount is in use: nobody who reads is cut off. If `lazy`, the name
+    disappears at once and the daemon serves whoever has files open until they are closed.
+
+    Raises:
+        MountError: not mounted, not ours, in use, or the daemon does not end.
+
+    """
+    mount, record = mountpoint.mount_at(path), control.find(path)
+    if mount is None and record is None:
+        raise MountError(f"{path} is not mounted: modelfs status lists what is")
+    if mount is not None:
+        if not mount.ours:
+            raise MountError(f"{path} is a mount of type {mount.fstype}, not one of modelfs: umount {path}")
+        stale = record is None and not lazy and mountpoint.is_stale(path)
+        mountpoint.detach(path, lazy=lazy or stale)
+        if stale:
+            return f"removed the mount that a daemon left behind on {path}"
+    elif record is not None:  # its mount is not in our view of the file system
+        control.ControlClient(control.socket_path(path)).stop()
+    if record is None or _ended(record.pid, LINGER_SECONDS if lazy else STOP_SECONDS):
+        return f"unmounted {path}"
+    if lazy:
+        return f"detached {path}; its daemon (pid {record.pid}) ends when the last open file is closed"
+    raise MountError(
+        f"{path} is unmounted but its daemon (pid {record.pid}) did not end within {STOP_SECONDS:.0f} s: "
+        "see its log, then end it with kill"
+    )
+
+
+def _ended(pid: int, seconds: float) -> bool:
+    """Return whether the process `pid` ends within `seconds`."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)
+
+
+def _open_log(file: Path) -> IO[bytes]:
+    """Return the log file, made if needed, open for appending.
+
+    Raises:
+        MountError: it cannot be written.
+
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        return os.fdopen(os.open(file, flags, 0o640), "ab", buffering=0)
+    except OSError as error:
+        raise MountError(f"the log {file} cannot be written: {error.strerror}: use --log-file") from error
+
+
+def _last_line(file: Path, start: int) -> str:
+    """Return the last line that was written to `file` after its first `start` bytes."""
+    with file.open("rb") as log_file:
+        log_file.seek(max(start, log_file.seek(0, os.SEEK_END) - 8192))
+        lines = log_file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

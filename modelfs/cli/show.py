@@ -1,0 +1,184 @@
+"""What the commands print, from plain values: tables for people, without colours where nobody looks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from modelfs.types import Entry, Snapshot
+
+STATE_STYLES = {"ready": "green", "resolving": "yellow", "unavailable": "red"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return where to print: the terminal as wide as it is, a file or pipe without any width."""
+    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    if not made.is_terminal:
+        made.width = 10_000
+    return made
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in the largest binary unit that leaves at least 1: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} PiB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the two largest units: ``2h 5m``."""
+    left = int(max(0.0, seconds))
+    words: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or (words and len(words) < 2):
+            words.append(f"{count}{unit}")
+    return " ".join(words[:2]) or "0s"
+
+
+def printable(text: str) -> str:
+    """Return `text` with everything escaped that could steer a terminal or is not text at all."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return table
+
+
+def _counted(count: int, one: str) -> str:
+    return f"{count} {one}" if count == 1 else f"{count} {one}s"
+
+
+def status(out: Console, data: Mapping[str, Any], now: float | None = None) -> None:
+    """Print one daemon's status as docs/status.md describes it."""
+    transport, cache, reads, fetch = data["transport"], data["cache"], data["reads"], data["fetch"]
+    up = duration((time.time() if now is None else now) - data["started"])
+    out.print(Text(printable(data["mountpoint"]), style="bold"))
+    out.print(f"  modelfs {data['modelfs']}, pid {data['pid']}, up {up}, {size(data['rss_bytes'])} of memory")
+    out.print(f"  transport  {transport['name']}: {transport['why']}")
+    if data["config"]:
+        out.print(f"  config     {printable(data['config'])}")
+    if data["log"]:
+        out.print(f"  log        {printable(data['log'])}")
+    unclean = ", checking blocks after an unclean stop" if cache["unclean_start"] else ""
+    held = f"{size(cache['used'])} of {size(cache['limit'])} in {_counted(cache['objects'], 'object')}"
+    out.print(f"  cache      {held}, {size(cache['free'])} free, {printable(cache['directory'])}{unclean}")
+    hits = "" if reads["hit_ratio"] is None else f", {reads['hit_ratio']:.0%} of it cached before"
+    handles = _counted(data["open_handles"], "open file")
+    out.print(f"  reads      {size(reads['bytes'])}{hits}, {handles}, errors: {_kinds(reads['errors'])}")
+    out.print(
+        f"  fetches    {size(fetch['bytes'])} in {_counted(fetch['requests'], 'request')}, "
+        f"{fetch['in_flight']} under way, {fetch['retries']} tried again, errors: {_kinds(fetch['errors'])}"
+    )
+    if data["namespaces"]:
+        out.print(f"  on demand  {', '.join(f'{name}/' for name in data['namespaces'])}")
+    out.print()
+    models(out, data["models"])
+
+
+def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
+    """Print models as the status document lists them, and why those are missing that are."""
+    if not found:
+        out.print("no models yet: they appear when their path is first used")
+        return
+    table = _table(
+        "MODEL", "STATE", "REVISION", "FILES", "SIZE", "CACHED", "SOURCE", right=("FILES", "SIZE", "CACHED")
+    )
+    for model in found:
+        state = "offline" if model["offline"] and model["state"] == "ready" else model["state"]
+        share = f" {model['cached_bytes'] / model['size']:.0%}" if model["size"] else ""
+        known = model["revision"] is not None
+        table.add_row(
+            Text(printable(model["name"])),
+            Text(state, style=STATE_STYLES.get(state, "yellow")),
+            Text(printable(model["revision"] or "-")[:12]),
+            Text(str(model["files"]) if known else "-"),
+            Text(size(model["size"]) if known else "-"),
+            Text(size(model["cached_bytes"]) + share if known else "-"),
+            Text(printable(model["source"])),
+        )
+    out.print(table)
+    for model in found:
+        if model["why"]:
+            out.print(f"{printable(model['name'])}: {printable(model['why'])}")
+        if model["rejected"]:
+            paths = _counted(model["rejected"], "path")
+            out.print(
+                f"{printable(model['name'])}: {paths} of the store cannot be shown: "
+                "modelfs ls --long says which"
+            )
+
+
+def _kinds(errors: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(errors.items())) or "none"
+
+
+def mounted(data: Mapping[str, Any]) -> str:
+    """Return the one line that says what a new mount offers."""
+    states = [model["state"] for model in data["models"]]
+    ready = states.count("ready")
+    what = [_counted(len(states), "model")] if states else []
+    if ready != len(states):
+        what[0] += f" ({ready} ready)"
+    if data["namespaces"]:
+        what.append(f"on demand: {', '.join(f'{name}/' for name in data['namespaces'])}")
+    place = printable(data["mountpoint"])
+    return (
+        f"mounted {place}: {', '.join(what)}; status: modelfs status {place}, unmount: modelfs umount {place}"
+    )
+
+
+def listing(out: Console, snapshot: Snapshot, entries: Sequence[Entry], *, long: bool) -> None:
+    """Print entries of a snapshot; `long` adds digests, times and what cannot be shown."""
+    columns = ("SIZE", "MODIFIED", "DIGEST", "PATH") if long else ("SIZE", "PATH")
+    table = _table(*columns, right=("SIZE",))
+    for entry in entries:
+        path = printable(entry.path) + {"directory": "/", "symlink": f" -> {printable(entry.target)}"}.get(
+            entry.kind, ""
+        )
+        if long:
+            modified = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.mtime)) if entry.mtime else "-"
+            table.add_row(str(entry.size), modified, str(entry.digest or "-"), Text(path))
+        else:
+            table.add_row(size(entry.size), Text(path))
+    files = [entry for entry in entries if entry.kind != "directory"]
+    total = size(sum(entry.size for entry in files))
+    if long:
+        out.print(f"{printable(snapshot.url)} at revision {printable(snapshot.revision)}")
+    if entries:
+        out.print(table)
+    if long:
+        out.print(f"{_counted(len(files), 'file')}, {total}")
+        for path, reason in snapshot.rejected:
+            out.print(f"not shown: {printable(path)}: {reason}")
+
+
+def settings(out: Console, data: Mapping[str, Any]) -> None:
+    """Print checked settings: `data` is their JSON form, with names instead of values of store options."""
+    cache = data["cache"]
+    share = cache["min_free"]
+    free = f"{share:.0%} of the disk" if isinstance(share, float) else size(share)
+    out.print(f"{printable(data['source_file'] or 'no configuration file')}: ok")
+    out.print(f"  cache      {size(cache['size'])} in {printable(cache['directory'])}, leaving {free} free")
+    out.print(f"  transport  {data['transport']}")
+    out.print(f"  refresh    {duration(data['refresh']) if data['refresh'] else 'never'}")
+    if data["namespaces"]:
+        out.print(f"  on demand  {', '.join(f'{name}/' for name in data['namespaces'])}")
+    if data["models"]:
+        out.print()
+        table = _table("MODEL", "SOURCE", "OPTIONS")
+        for model in data["models"]:
+            names = [*model["options"], *(word for word in ("optional", "pin") if model[word])]
+            words = (model["name"], ", ".join(model["sources"]), ", ".join(names))
+            table.add_row(*(Text(printable(word)) for word in words))
+        out.print(table)
