@@ -122,8 +122,8 @@ def parse_option(text: str) -> tuple[str, Any]:
     if not name or not separator:
         raise fault
     try:
-        return name, _json_value(_parse(value, f"--option {name}"))
-    except (ValueError, RecursionError):
+        return name, _json_value(_parse(value, "--option"))
+    except (ConfigError, ValueError, RecursionError):
         raise fault from None
 
 

@@ -1,0 +1,546 @@
+"""What configuration promises: precedence, and one line with the place for everything that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelfs import config, stores
+from modelfs.config import (
+    KEYS,
+    Settings,
+    load,
+    options_for,
+    parse_duration,
+    parse_option,
+    parse_share,
+    parse_size,
+)
+from modelfs.errors import ConfigError
+from modelfs.types import Entry, Location, Snapshot
+
+MiB, GiB = 1024**2, 1024**3
+KNOWN = {"endpoint_url": str, "profile": str, "retries": int, "headers": dict}
+
+
+class FakeStore:
+    """A store that only checks its URL and options, as every store does when it is made."""
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self.url = stores.redact(url)
+        stores.checked_options(url, options, KNOWN)
+        if url.endswith("://"):
+            raise ConfigError(f"{url}: names nothing: write fake://NAME")
+        if "needs" in url and "profile" not in options:
+            raise ConfigError(f"{url}: needs the option profile")
+
+    async def snapshot(self) -> Snapshot:
+        raise AssertionError("configuration does no I/O")
+
+    async def entry(self, path: str) -> Entry:
+        raise AssertionError("configuration does no I/O")
+
+    async def locate(self, entry: Entry) -> Location:
+        raise AssertionError("configuration does no I/O")
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, no MODELFS variables, no system-wide file, and the scheme fake://."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "SEARCH", (Path("modelfs.yaml"), tmp_path / "etc" / "config.yaml"))
+    for name in [name for name in os.environ if name.startswith("MODELFS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(stores.SCHEMES, "fake", f"{__name__}:FakeStore")  # type: ignore[arg-type]
+    return tmp_path
+
+
+def loaded(text: str | bytes | None = None, **more: Any) -> Settings:
+    if text is not None:
+        Path("modelfs.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load(**{"mountpoint": Path("/models"), "env": {}, **more})
+
+
+def refused(text: str | bytes | None = None, **more: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        loaded(text, **more)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(f"{Path.cwd()}/", "")
+
+
+MODEL = "models: {m: {source: 'fake://m'}}\n"
+
+
+# -- what comes from where
+
+
+def test_without_a_file_the_on_demand_namespaces_are_offered() -> None:
+    settings = loaded()
+    assert settings.models == ()
+    assert settings.namespaces == ("hf", "s3")
+    assert settings.source_file is None
+    assert (settings.refresh, settings.read_deadline, settings.connections) == (60, 300, 16)
+    assert (settings.cache.size, settings.cache.min_free) == (50 * GiB, 0.05)
+
+
+def test_a_mount_with_models_offers_no_namespaces_unless_asked() -> None:
+    assert loaded(MODEL).namespaces == ()
+    assert loaded(MODEL + "namespaces: [s3]\n").namespaces == ("s3",)
+    assert loaded(sources=["m2=fake://x"], env={"MODELFS_NAMESPACES": "hf, s3"}).namespaces == ("hf", "s3")
+
+
+def test_flags_win_over_environment_over_file_over_defaults() -> None:
+    text = MODEL + "cache: {size: 1GiB}\nrefresh: 10s\nconnections: 5\nlog_level: debug\n"
+    env = {"MODELFS_CACHE_SIZE": "2GiB", "MODELFS_REFRESH": "20s", "MODELFS_LOG_LEVEL": ""}
+    settings = loaded(text, env=env, flags={"cache.size": "3GiB", "refresh": None})
+    assert settings.cache.size == 3 * GiB  # flag
+    assert settings.refresh == 20  # environment: a flag that is None was not given
+    assert settings.connections == 5  # file
+    assert settings.log_level == "debug"  # file: an empty variable is not set
+    assert settings.transport == "auto"  # default
+
+
+EXAMPLES: Mapping[str, tuple[str, Any]] = {
+    "cache.dir": ("/c", Path("/c")),
+    "cache.size": ("1GiB", GiB),
+    "cache.min_free": ("7%", 0.07),
+    "namespaces": ("s3", ("s3",)),
+    "transport": ("pyfuse3", "pyfuse3"),
+    "allow_other": ("yes", True),
+    "refresh": ("5m", 300.0),
+    "read_deadline": ("9s", 9.0),
+    "keep_going": ("true", True),
+    "connections": ("3", 3),
+    "log_level": ("warning", "warning"),
+    "log_file": ("/l", Path("/l")),
+}
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
+def test_every_key_can_be_set_in_file_environment_and_flags(key: config.Key) -> None:
+    text, value = EXAMPLES[key.name]
+    section, _, name = key.name.rpartition(".")
+    line = f"{section}: {{{name}: {text}}}\n" if section else f"{name}: {text}\n"
+    in_file = loaded(MODEL + line)
+    in_environment = loaded(MODEL, env={key.variable: text})
+    by_flag = loaded(MODEL, flags={key.name: text})
+    for settings in (in_file, in_environment, by_flag):
+        owner = settings.cache if section else settings
+        found = getattr(owner, {"dir": "directory"}.get(name, name))
+        assert found == value
+        assert type(found) is type(value)
+
+
+def test_files_are_looked_for_in_the_documented_order(world: Path) -> None:
+    for name in ("flag.yaml", "variable.yaml", "modelfs.yaml", "etc/config.yaml"):
+        path = world / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(MODEL)
+    env = {"MODELFS_CONFIG": "variable.yaml"}
+    assert loaded(config_file=Path("flag.yaml"), env=env).source_file == world / "flag.yaml"
+    assert loaded(env=env).source_file == world / "variable.yaml"
+    assert loaded().source_file == world / "modelfs.yaml"
+    (world / "modelfs.yaml").unlink()
+    assert loaded().source_file == world / "etc/config.yaml"
+
+
+def test_a_relative_path_in_a_file_starts_where_the_file_is(world: Path) -> None:
+    (world / "sub").mkdir()
+    (world / "sub/f.yaml").write_text(MODEL + "cache: {dir: ../cache}\nlog_file: log\n")
+    settings = loaded(config_file=Path("sub/f.yaml"), flags={"log_file": "here"})
+    assert settings.cache.directory == world / "cache"
+    assert settings.log_file == world / "here"
+
+
+def test_root_and_users_have_caches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert loaded().cache.directory == Path("/var/cache/modelfs")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert loaded(env={"XDG_CACHE_HOME": "/x"}).cache.directory == Path("/x/modelfs")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert loaded().cache.directory == Path("/home/someone/.cache/modelfs")
+
+
+def test_models_come_from_file_and_flags_in_order() -> None:
+    text = """
+models:
+  b: fake://b
+  org/a: {source: "fake://a", optional: true, pin: true, options: {retries: 2}}
+  c: {source: ["fake://c"]}
+"""
+    settings = loaded(text, sources=["d=fake://d?x=y"])
+    assert [model.name for model in settings.models] == ["b", "org/a", "c", "d"]
+    assert [model.sources for model in settings.models][2:] == [("fake://c",), ("fake://d?x=y",)]
+    assert dataclasses.replace(settings.models[1]) == config.ModelSettings(
+        "org/a", ("fake://a",), {"retries": 2}, optional=True, pin=True
+    )
+
+
+def test_settings_survive_the_way_to_the_daemon() -> None:
+    text = MODEL + "stores: {'fake://': {headers: {a: [1, null, 2.5]}}}\ncache: {min_free: 0%}\nlog_file: l\n"
+    for settings in (
+        loaded(text),
+        loaded(text, flags={"cache.min_free": "1GiB"}),
+        load(mountpoint=None, env={}),
+    ):
+        again = Settings.from_json(json.loads(json.dumps(settings.to_json())))
+        assert again == settings
+        assert type(again.cache.min_free) is type(settings.cache.min_free)
+
+
+def test_settings_show_no_options_and_urls() -> None:
+    text = "models: {m: {source: 'fake://u:hush1@m', options: {profile: hush2}}}\n"
+    assert "hush" not in repr(loaded(text + "stores: {'fake://': {endpoint_url: hush3}}\n"))
+
+
+# -- options by prefix
+
+
+def test_longer_prefixes_win_and_the_models_own_options_last() -> None:
+    text = """
+models: {m: {source: "fake://bucket/models/m", options: {retries: 3}}}
+stores:
+  "fake://bucket/models/": {profile: narrow, retries: 2}
+  "FAKE://": {endpoint_url: everywhere, profile: wide, retries: 1}
+  "fake://other": {profile: other}
+"""
+    settings = loaded(text)
+    assert settings.models[0].options == {"endpoint_url": "everywhere", "profile": "narrow", "retries": 3}
+    assert options_for("fake://other/x", settings.store_options)["profile"] == "other"
+    assert config.store_options(env={}) == settings.store_options
+
+
+@pytest.mark.parametrize(
+    ("prefix", "url", "covered"),
+    [
+        ("s3://models", "s3://models", True),
+        ("s3://models", "s3://models/x", True),
+        ("s3://models", "S3://models/x", True),
+        ("s3://models", "s3://models-secret/x", False),
+        ("s3://models/a", "s3://models/ab", False),
+        ("s3://models/a/", "s3://models/a/b", True),
+        ("hf://org/name", "hf://org/name@main", True),
+        ("https://host", "https://host@evil.example/x", False),
+        ("https://host", "https://host.evil.example/x", False),
+        ("https://host", "https://host:8443/x", False),
+        ("https://host", "https://host?x", True),
+        ("s3://", "http://s3://", False),
+    ],
+)
+def test_a_prefix_covers_whole_components_only(prefix: str, url: str, covered: bool) -> None:
+    assert (options_for(url, {prefix: {"token": 1}}) == {"token": 1}) is covered
+
+
+# -- values
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (0, 0),
+        (123, 123),
+        ("123", 123),
+        ("10b", 10),
+        ("1KiB", 1024),
+        ("1Ki", 1024),
+        ("1k", 1000),
+        ("1kB", 1000),
+        ("1.5 GiB", GiB * 3 // 2),
+        ("500MB", 500_000_000),
+        ("2tib", 2 * 1024**4),
+        (" 1G ", 10**9),
+    ],
+)
+def test_sizes(text: Any, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "1 GiB B", "-1", -1, "1e3", "5%", "1XB", True, None, 1.5, [], "١GiB"]
+)
+def test_what_is_no_size_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+
+
+def test_shares_are_bytes_or_a_fraction() -> None:
+    assert (parse_share("5%"), parse_share("12.5 %"), parse_share("100%")) == (0.05, 0.125, 1.0)
+    assert parse_share("5GiB") == 5 * GiB
+    for wrong in ("101%", "%", "5 percent", 0.05):
+        with pytest.raises(ValueError, match=r"percentage|100%"):
+            parse_share(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (0, 0),
+        (60, 60),
+        (1.5, 1.5),
+        ("60", 60),
+        ("60s", 60),
+        ("250ms", 0.25),
+        ("5m", 300),
+        ("2h", 7200),
+        ("1D", 86400),
+    ],
+)
+def test_durations(text: Any, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "s", "-1s", -1, "1 week", True, None, float("inf"), float("nan"), "1m30s"]
+)
+def test_what_is_no_duration_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match="is not a duration"):
+        parse_duration(text)
+
+
+def test_options_of_the_command_line_are_yaml_values() -> None:
+    assert parse_option("a=1") == ("a", 1)
+    assert parse_option("a=true") == ("a", True)
+    assert parse_option("a=x=y") == ("a", "x=y")
+    assert parse_option("a=2024-01-01") == ("a", "2024-01-01")
+    for wrong in ("a", "=1", "", "a=[hush", "a=!!python/object:hush.hush {}", "a=.nan"):
+        with pytest.raises(ConfigError) as caught:
+            parse_option(wrong)
+        assert "hush" not in str(caught.value)
+
+
+# -- everything that is wrong, with its place
+
+WRONG: Mapping[str, tuple[str | bytes, str]] = {
+    "malformed": ("models:\n  a: [1\n", r"modelfs\.yaml:3: .*expected ',' or ']'"),
+    "tab": ("models:\n\ta: b\n", r"modelfs\.yaml:2: found character '\\t'"),
+    "control character": ("models:\n  a: \x01\n", r"modelfs\.yaml:2: the character U\+0001"),
+    "not UTF-8": (b"models:\n  a: \xff\n", r"modelfs\.yaml:2: is not UTF-8"),
+    "two documents": ("a: 1\n---\nb: 2\n", r"modelfs\.yaml:2: .*another document"),
+    "a list": ("- a\n- b\n", r"modelfs\.yaml:1: a list stands where"),
+    "text": ("models\n", r"modelfs\.yaml:1: 'models' stands where"),
+    "code": (
+        "models: !!python/object/apply:os.system [id]\n",
+        r"modelfs\.yaml:1: could not determine a constr",
+    ),
+    "too deep": ("models: " + "[" * 5000, r"modelfs\.yaml: is nested too deeply"),
+    "too large": (b"#" * (4 * MiB + 1), r"modelfs\.yaml: is larger than 4 MiB"),
+    "huge number": ("connections: " + "9" * 5000, r"modelfs\.yaml: .*4300 digits"),
+    "unknown key": ("\nmodles:\n", r"modelfs\.yaml:2: unknown key 'modles'; did you mean 'models'\?"),
+    "unknown key, far off": (
+        "xyzzy: 1",
+        r"modelfs\.yaml:1: unknown key 'xyzzy'; known are allow_other, cache",
+    ),
+    "unknown cache key": (
+        "cache:\n  sise: 1GiB\n",
+        r"modelfs\.yaml:2: unknown key 'sise'; did you mean 'size'",
+    ),
+    "unknown model key": (
+        "models:\n  a:\n    source: fake://a\n    optinal: true\n",
+        r"modelfs\.yaml:4: unknown key 'optinal'; did you mean 'optional'",
+    ),
+    "not yet": (
+        "models:\n  a: {source: fake://a, include: ['*']}\n",
+        r"modelfs\.yaml:2: unknown key 'include'",
+    ),
+    "duplicate key": (
+        "refresh: 1\ncache: {}\nrefresh: 2\n",
+        r"modelfs\.yaml:3: the key 'refresh' is there twice",
+    ),
+    "duplicate model": (
+        "models:\n  a: fake://a\n  a: fake://b\n",
+        r"modelfs\.yaml:3: the key 'a' is there twice",
+    ),
+    "number as key": (
+        "models:\n  1.5: fake://a\n",
+        r"modelfs\.yaml:2: the key '1.5' is not text: put it in quotes",
+    ),
+    "truth value as key": ("models:\n  on: fake://a\n", r"modelfs\.yaml:2: the key 'on' is not text"),
+    "list as key": ("models:\n  ? [a]\n  : fake://a\n", r"modelfs\.yaml:2: the key a list is not text"),
+    "models is a list": ("models: [a]\n", r"modelfs\.yaml:1: models: a list is not a mapping"),
+    "cache is text": ("cache: big\n", r"modelfs\.yaml:1: cache: 'big' is not a mapping"),
+    "size": ("cache:\n\n  size: 50GX\n", r"modelfs\.yaml:3: cache.size: '50GX' is not a size"),
+    "small cache": ("cache: {size: 1MiB}\n", r"modelfs\.yaml:1: cache.size: '1MiB' is less than one block"),
+    "share": ("cache: {min_free: a lot}\n", r"modelfs\.yaml:1: cache.min_free: 'a lot' is neither"),
+    "no value": ("refresh:\n", r"modelfs\.yaml:1: refresh: nothing is not a duration"),
+    "infinite": ("refresh: .inf\n", r"modelfs\.yaml:1: refresh: 'inf' is not a duration"),
+    "deadline": ("read_deadline: 0\n", r"modelfs\.yaml:1: read_deadline: a deadline of 0"),
+    "transport": (
+        "transport: pyfuse\n",
+        r"transport: 'pyfuse' is not one of auto, pyfuse3; did you mean 'pyfuse3'",
+    ),
+    "boolean": ("allow_other: maybe\n", r"allow_other: 'maybe' is neither true nor false"),
+    "many connections": ("connections: 257\n", r"connections: '257' is not a whole number"),
+    "no connection": ("connections: 0\n", r"connections: '0' is not a whole number"),
+    "true connections": ("connections: true\n", r"connections: 'True' is not a whole number"),
+    "directory": ("cache: {dir: 5}\n", r"cache.dir: '5' is not a path"),
+    "namespace": ("namespaces: [hg]\n", r"namespaces: 'hg' is not one of hf, s3"),
+    "namespaces": ("namespaces: {hf: 1}\n", r"namespaces: a mapping is not a list"),
+    "nothing to mount": ("namespaces: []\n", r"modelfs\.yaml: there is nothing to mount"),
+    "no source": ("models:\n  a: {pin: true}\n", r"modelfs\.yaml:2: model 'a' has no source"),
+    "no body": ("models:\n  a:\n", r"modelfs\.yaml:2: model 'a' has no source"),
+    "empty source": ("models: {a: {source: ''}}\n", r"modelfs\.yaml:1: source: '' is not text"),
+    "source is a number": (
+        "models: {a: {source: 5}}\n",
+        r"modelfs\.yaml:1: source: '5' is not text: put it in q",
+    ),
+    "no sources": ("models: {a: []}\n", r"modelfs\.yaml:1: model 'a': source: the list is empty"),
+    "a chain": (
+        "models:\n  a:\n    source: ['fake://a', 'fake://b']\n",
+        r"modelfs\.yaml:3: model 'a': source: fallback chains are not supported yet: name one source",
+    ),
+    "pin": ("models: {a: {source: 'fake://a', pin: 3}}\n", r"modelfs\.yaml:1: pin: '3' is neither"),
+    "no URL": ("models:\n  a: /srv/a\n", r"modelfs\.yaml:2: model 'a': '/srv/a' is not a store URL"),
+    "unknown scheme": (
+        "models:\n  a: s4://b\n",
+        r"modelfs\.yaml:2: model 'a': unknown scheme s4://: known are",
+    ),
+    "bad URL": ("models:\n  a: 'fake://'\n", r"modelfs\.yaml:2: model 'a': fake://: names nothing"),
+    "missing option": (
+        "models:\n  a: fake://needs\n",
+        r"modelfs\.yaml:2: model 'a': fake://needs: needs the opt",
+    ),
+    "unknown option": (
+        "models:\n  a:\n    source: fake://a\n    options:\n      endpiont: hush\n",
+        r"modelfs\.yaml:4: fake://a: unknown option 'endpiont'",
+    ),
+    "type of option": (
+        "models: {a: {source: 'fake://a', options: {profile: 5}}}",
+        r"modelfs\.yaml:1: .*'profile' has the wrong type \(int\)",
+    ),
+    "options are a list": (
+        "models: {a: {source: 'fake://a', options: [x]}}",
+        r"options: a list is not a mapping",
+    ),
+    "options are not JSON": (
+        "models: {a: {source: 'fake://a', options: {retries: .nan}}}",
+        r"options are text, num",
+    ),
+    "option of a prefix": (
+        "models:\n  a: fake://a\nstores:\n  'fake://':\n    profile: x\n  'fake://a':\n    profil: hush\n",
+        r"modelfs\.yaml:6: fake://a: unknown option 'profil'",
+    ),
+    "option of an unused prefix": (
+        "stores:\n  's3://nobody/': {endpiont_url: hush}\n",
+        r"modelfs\.yaml:2: .*unknown option 'endpiont_url'",
+    ),
+    "prefix": ("stores: {s3: {}}\n", r"modelfs\.yaml:1: stores: 's3' is not a store URL"),
+    "scheme of a prefix": (
+        "stores: {'s33://': {}}\n",
+        r"modelfs\.yaml:1: stores: unknown scheme s33://; did you",
+    ),
+    "prefix twice": (
+        "stores:\n  'fake://': {}\n  'FAKE://': {}\n",
+        r"modelfs\.yaml:3: stores: 'fake://' is there tw",
+    ),
+    "inside one another": (
+        "models:\n  a/b: fake://a\n  a: fake://a\n",
+        r"modelfs\.yaml:3: .*'a/b' \(.*:2\) would be",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_refused_with_its_place(case: str) -> None:
+    text, expected = WRONG[case]
+    message = refused(text)
+    assert re.search(expected, message), message
+    assert "hush" not in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "a/../b",
+        "/a",
+        "a/",
+        "a//b",
+        "a/b/c",
+        "hf",
+        "s3/x",
+        "github",
+        "model-metadata.yaml",
+        "x" * 256,
+        "nul\0",
+        "bell\a",
+        "line\nbreak",
+        "escape\x1b[31m",
+        "\udcff\ud800",
+    ],
+)
+def test_names_that_cannot_be_directories_are_refused(name: str) -> None:
+    message = refused(sources=[f"{name}=fake://x"])
+    assert message.startswith("--source: model name ")
+    assert message.isprintable()
+    if not any(ord(c) >= 0xD800 for c in name):
+        in_file = refused(f"models:\n  {json.dumps(name)}: fake://x\n")
+        assert in_file.startswith("modelfs.yaml:2: model name ")
+
+
+def test_a_name_is_refused_twice_across_file_and_flags() -> None:
+    message = refused(MODEL, sources=["m=fake://other"])
+    assert (
+        message == "--source: model name 'm': it is there twice, first at modelfs.yaml:1: rename one of them"
+    )
+    Path("modelfs.yaml").unlink()
+    assert "twice, first at --source" in refused(sources=["m=fake://a", "m=fake://a"])
+
+
+@pytest.mark.parametrize("text", ["finbert", "finbert=", "hf://org/name?x=hush"])
+def test_a_source_flag_has_a_name_and_a_url(text: str) -> None:
+    assert refused(sources=[text]).startswith("--source: write it as NAME=URL")
+
+
+def test_variables_and_flags_are_named_when_they_are_wrong() -> None:
+    assert refused(env={"MODELFS_CACHE_SIZE": "big"}).startswith(
+        "$MODELFS_CACHE_SIZE: cache.size: 'big' is not"
+    )
+    assert refused(flags={"cache.size": "big"}).startswith("--cache-size: cache.size: 'big' is not a size")
+    assert refused(flags={"log_level": "loud"}).startswith(
+        "--log-level: log_level: 'loud' is not one of debug"
+    )
+
+
+def test_a_file_that_cannot_be_read_is_named(world: Path) -> None:
+    assert refused(config_file=Path("none.yaml")).startswith("none.yaml: cannot be read: No such file")
+    assert refused(config_file=world).endswith("cannot be read: Is a directory: name another with --config")
+    assert "none.yaml: cannot be read" in refused(env={"MODELFS_CONFIG": "none.yaml"})
+
+
+def test_an_empty_file_is_an_empty_configuration() -> None:
+    assert loaded("# nothing\n").namespaces == ("hf", "s3")
+    assert loaded("models:\nstores:\ncache:\n").models == ()
+
+
+def test_merged_mappings_keep_their_lines() -> None:
+    text = "models:\n  a: &a {source: 'fake://a'}\n  b:\n    <<: *a\n    pin: 7\n"
+    assert refused(text).startswith("modelfs.yaml:5: pin:")
+    assert loaded(text.replace("pin: 7", "pin: true")).models[1].sources == ("fake://a",)
+
+
+def test_dates_stay_text() -> None:
+    assert loaded("models: {a: {source: 'fake://a', options: {profile: 2024-01-01}}}").models[0].options == {
+        "profile": "2024-01-01"
+    }
+
+
+def test_nothing_may_lie_inside_the_mountpoint(world: Path) -> None:
+    (world / "link").symlink_to("/models")
+    assert "is inside the mountpoint" in refused(MODEL + "cache: {dir: /models/cache}\n")
+    assert "is inside the mountpoint" in refused(MODEL + "cache: {dir: link/cache}\n")
+    assert "is inside the mountpoint" in refused(MODEL + "log_file: /models/log\n")
+    Path("modelfs.yaml").unlink()
+    assert "lie inside one another" in refused(sources=["a=file:///models/x"])
+    assert "lie inside one another" in refused(sources=["a=file:///srv"], mountpoint=Path("/srv/models"))
+    assert loaded(sources=["a=file:///models-2/x"]).models[0].name == "a"
+    assert load(mountpoint=None, env={}, sources=["a=file:///srv"]).models[0].name == "a"
