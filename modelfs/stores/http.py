@@ -1,0 +1,448 @@
+"""``http(s)://``: one file, or a directory that a manifest or an HTML index lists.
+
+A URL that ends in a slash is a directory. Its manifest is ``modelfs-manifest.json`` (`parse_manifest` defines
+it); where there is none, the index pages that nginx, Apache, ``python -m http.server`` and their like make
+are followed below the URL, and nowhere else.
+
+The version of a file is all that `HttpStore.locate` needs to pin it, so it survives a restart: the strong
+ETag with its quotes; or, where there is none, ``SIZE WEAK-ETAG LAST-MODIFIED``; or the ``sha256:…`` that a
+manifest publishes for a file whose server publishes neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html.parser
+import json
+import os
+import re
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
+
+import httpx
+import trio
+
+from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, StoreError
+from modelfs.stores import Options, checked_options, entry_in, redact
+from modelfs.stores.web import Facts, Web, basic_auth, netrc_auth
+from modelfs.types import Digest, Entry, Location, Snapshot, path_fault
+
+MANIFEST = "modelfs-manifest.json"
+"""Name of the manifest that is looked for in every directory URL."""
+
+MAX_MANIFEST = 64 << 20
+MAX_INDEX = 16 << 20
+MAX_DEPTH = 32
+AT_ONCE = 16
+"""Requests in flight while one snapshot is made."""
+
+_OPTIONS: dict[str, type | tuple[type, ...]] = {
+    "headers": dict,
+    "manifest": str,
+    "verify": bool,
+    "ca_bundle": str,
+    "max_entries": int,
+    "timeout": (int, float),
+}
+_PARSERS = trio.CapacityLimiter(2)
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[!-~]([ \t!-~]*[!-~])?")
+_STRONG_ETAG = re.compile(r'"[!#-~]+"')
+
+Rejected = tuple[str, str]
+"""A path that the server lists and the tree must not show, and why."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One file as a manifest or an index lists it.
+
+    Attributes:
+        path: below the directory; not checked.
+        url: absolute.
+        size: bytes, None if the listing does not say.
+        etag: strong validator, None if the listing does not say.
+        sha256: published digest in hex, "" if there is none.
+
+    """
+
+    path: str
+    url: str
+    size: int | None = None
+    etag: str | None = None
+    sha256: str = ""
+
+
+class HttpStore:
+    """A file or a directory of a web server; implements :class:`modelfs.stores.Store`.
+
+    Options:
+        headers: sent to the server with every request; secrets, never sent to another origin.
+        manifest: name of the manifest, relative to the directory; then there must be one.
+        verify: False accepts any certificate.
+        ca_bundle: file of the certificate authorities to accept.
+        max_entries: most files and directories to list (100 000).
+        timeout: seconds that one request of a listing may take (60).
+
+    User and password come from the URL, else from ``~/.netrc`` (or ``$NETRC``), which is read again for
+    every call. Neither they nor the query are part of `url`; a query is replaced by its hash.
+    """
+
+    def __init__(self, url: str, options: Options) -> None:
+        checked_options(url, options, _OPTIONS)
+        self._url, self.url, authorization = _parsed(url)
+        self._headers = _checked_headers(self.url, options.get("headers", {}))
+        if authorization:
+            self._headers["authorization"] = authorization
+        self._verify: bool = options.get("verify", True)
+        self._ca_bundle: str | None = options.get("ca_bundle")
+        self._max_entries: int = options.get("max_entries", 100_000)
+        self._timeout: float = options.get("timeout", 60)
+        for name in ("max_entries", "timeout"):
+            if options.get(name, 1) <= 0:
+                raise ConfigError(f"{self.url}: option {name!r} must be positive")
+        self._single = not self._url.endswith("/")
+        self._manifest: str | None = options.get("manifest")
+        if self._manifest and self._single:
+            raise ConfigError(f"{self.url}: option 'manifest' needs a URL of a directory, ending in a slash")
+        if self._manifest and not _same_origin(urljoin(self._url, self._manifest), self._url):
+            raise ConfigError(f"{self.url}: option 'manifest' must name a file of the same server")
+        self._tls: ssl.SSLContext | None = None
+        self._urls: dict[str, str] | None = None  # of the manifest's files; None before it was read
+
+    async def snapshot(self) -> Snapshot:
+        """List the file or directory; the revision is derived from the listing.
+
+        Files that cannot be served correctly are in ``rejected``: those without a length, those whose
+        versions cannot be told apart, those the server refuses. If nothing remains, that is an error.
+
+        Raises:
+            NotFound: there is neither a file, a manifest nor an index, or they list nothing.
+            AccessDenied: credentials are missing or wrong.
+            Unavailable: the server cannot be reached or is busy.
+            BadAnswer: the manifest is malformed, or the page is no index.
+            StoreError: the listing is too large, or a redirect leaves https.
+
+        """
+        async with await self._web() as web:
+            files, empty, rejected = await self._listing(web)
+            entries, failures = await _pinned(web, files)
+        entries += empty
+        if not entries:
+            raise failures[0][1] if failures else NotFound(f"{self.url}: lists no files: check the URL")
+        listed = Snapshot.of(self.url, "", entries)
+        rejected += [(path, str(error)) for path, error in failures]
+        return replace(listed, rejected=tuple(sorted((*listed.rejected, *rejected))))
+
+    async def entry(self, path: str) -> Entry:
+        """Return the entry at `path` of a fresh listing; NotFound if there is none."""
+        async with await self._web() as web:
+            files, empty, _ = await self._listing(web)
+            named = [file for file in files if file.path == path]
+            entries, failures = await _pinned(web, named)
+        if failures:
+            raise failures[0][1]
+        # Only names matter of the others.
+        others = [Entry(file.path) for file in files if file.path != path]
+        return entry_in(Snapshot.of(self.url, "", [*entries, *others, *empty]), path)
+
+    async def locate(self, entry: Entry) -> Location:
+        """Return the URL of the file, the headers for it and the validator that pins its version.
+
+        Nothing is asked of the server, except for the manifest if it was not read yet: a version that is
+        gone is noticed by the range request that the validator guards.
+        """
+        if self._urls is None and not self._single:
+            async with await self._web() as web:
+                await self._read_manifest(web)
+        url = self._url if self._single else (self._urls or {}).get(entry.path) or self._url_of(entry.path)
+        etag = entry.version if _STRONG_ETAG.fullmatch(entry.version) else None
+        modified = None
+        if etag is None and not entry.version.startswith("sha256:"):
+            modified = entry.version.split(" ", 2)[-1]
+        return Location(url, await self._secrets(), etag=etag, last_modified=modified)
+
+    async def _web(self) -> Web:
+        verify = False if not self._verify else self._tls or await self._context()
+        return Web(self._url, await self._secrets(), verify=verify, timeout=self._timeout)
+
+    async def _context(self) -> ssl.SSLContext:
+        try:
+            self._tls = await _in_thread(_tls_context, self._ca_bundle)
+        except (OSError, ssl.SSLError) as error:
+            raise StoreError(f"{self.url}: ca_bundle {self._ca_bundle} cannot be used: {error}") from error
+        return self._tls
+
+    async def _secrets(self) -> dict[str, str]:
+        """Return the headers that only the server may see, with the password of today."""
+        if "authorization" in self._headers:
+            return {**self._headers}
+        found = await _in_thread(netrc_auth, urlsplit(self._url).hostname)
+        return {**self._headers, "authorization": found} if found else {**self._headers}
+
+    def _url_of(self, path: str) -> str:
+        return self._url + quote(os.fsencode(path))
+
+    async def _listing(self, web: Web) -> tuple[list[Listed], list[Entry], list[Rejected]]:
+        """Return the files, the empty directories, and what must not be shown."""
+        if self._single:
+            name = os.fsdecode(unquote_to_bytes(urlsplit(self._url).path.rpartition("/")[2]))
+            return [Listed(name, self._url)], [], []
+        manifest = await self._read_manifest(web)
+        return await self._crawl(web) if manifest is None else (manifest, [], [])
+
+    async def _read_manifest(self, web: Web) -> list[Listed] | None:
+        """Return what the manifest lists; None if the directory has none."""
+        url = urljoin(self._url, self._manifest or MANIFEST)
+        try:
+            answer = await web.get(url, MAX_MANIFEST)
+        except (NotFound, AccessDenied):
+            if self._manifest:
+                raise
+            answer = None  # S3 and its like refuse what is not there
+        if answer is None or (not self._manifest and "html" in answer.headers.get("content-type", "")):
+            self._urls = {}
+            return None
+        files = await _in_thread(parse_manifest, answer.body, url)
+        if len(files) > self._max_entries:
+            raise self._too_large()
+        self._urls = {file.path: file.url for file in files}
+        return files
+
+    async def _crawl(self, web: Web) -> tuple[list[Listed], list[Entry], list[Rejected]]:
+        """Follow the index pages, as `_listing` returns it."""
+        files: list[Listed] = []
+        empty: list[Entry] = []
+        rejected: list[Rejected] = []
+        level, below, seen = [""], list[str](), 0
+
+        async def follow(directory: str) -> None:
+            nonlocal seen
+            url = self._url_of(directory)
+            try:
+                answer = await web.get(url, MAX_INDEX)
+                if "html" not in answer.headers.get("content-type", ""):
+                    raise BadAnswer(f"{redact(url)}: neither a manifest nor an HTML index: add {MANIFEST}")
+            except (NotFound, AccessDenied, BadAnswer) as error:
+                if not directory:
+                    raise
+                rejected.append((directory.rstrip("/"), str(error)))
+                return
+            names = await _in_thread(index_names, answer.body, str(answer.url))
+            seen += len(names)
+            if seen > self._max_entries:
+                raise self._too_large()
+            if not names and directory:
+                empty.append(Entry(directory.rstrip("/"), kind="directory"))
+            for name in names:
+                path = directory + name
+                if fault := path_fault(path.removesuffix("/")):
+                    rejected.append((path.rstrip("/"), fault))
+                elif name.endswith("/"):
+                    below.append(path)
+                else:
+                    files.append(Listed(path, self._url_of(path)))
+
+        depth = 0
+        while level and depth < MAX_DEPTH:
+            await _each(follow, level)
+            level, below, depth = below, [], depth + 1
+        rejected += [(path.rstrip("/"), f"it is deeper than {MAX_DEPTH} directories") for path in level]
+        return files, empty, rejected
+
+    def _too_large(self) -> StoreError:
+        return StoreError(f"{self.url}: more than {self._max_entries} entries: raise the option max_entries")
+
+
+def parse_manifest(body: bytes, url: str) -> list[Listed]:
+    """Return the files of the manifest `body` that was read from `url`.
+
+    A manifest is a JSON object ``{"version": 1, "files": […]}``. Each file is an object with ``path`` (below
+    the manifest's directory), ``size`` (bytes) and, each optional, ``sha256`` (64 hex digits), ``etag``
+    (strong, with its quotes, as the server sends it) and ``url`` (relative to the manifest, of the same
+    origin; without it the file is at its path). Unknown members are ignored.
+
+    Raises:
+        BadAnswer: the manifest is malformed; names the line, or the file and the member.
+
+    """
+    place = redact(url)
+    try:
+        data = json.loads(body)
+    except json.JSONDecodeError as error:
+        raise BadAnswer(
+            f"{place}, line {error.lineno}: not JSON: {error.msg}: correct the manifest"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise BadAnswer(f"{place}: not JSON: {type(error).__name__}: correct the manifest") from error
+    if not isinstance(data, dict) or data.get("version") != 1 or not isinstance(data.get("files"), list):
+        raise BadAnswer(f'{place}: not a manifest: it must be {{"version": 1, "files": […]}}')
+    return [_listed(row, url, f"{place}, files[{index}]") for index, row in enumerate(data["files"])]
+
+
+_MEMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "path": (lambda v: isinstance(v, str), "text"),
+    "size": (lambda v: type(v) is int and 0 <= v < 1 << 63, "a number of bytes"),
+    "sha256": (lambda v: isinstance(v, str) and bool(re.fullmatch("[0-9a-fA-F]{64}", v)), "64 hex digits"),
+    "etag": (lambda v: isinstance(v, str) and bool(_STRONG_ETAG.fullmatch(v)), "a strong ETag in quotes"),
+    "url": (lambda v: isinstance(v, str), "text"),
+}
+
+
+def _listed(row: Any, url: str, place: str) -> Listed:
+    if not isinstance(row, dict):
+        raise BadAnswer(f"{place}: must be an object: correct the manifest")
+    for name, (holds, wanted) in _MEMBERS.items():
+        if (name in row or name in ("path", "size")) and not holds(row.get(name)):
+            raise BadAnswer(f"{place}: {name} must be {wanted}: correct the manifest")
+    try:
+        target = urljoin(url, row["url"] if "url" in row else "./" + quote(os.fsencode(row["path"])))
+        same = _same_origin(target, url)
+    except ValueError as error:
+        raise BadAnswer(f"{place}: malformed path or url: correct the manifest") from error
+    if not same:
+        raise BadAnswer(f"{place}: url leads to another server: make it relative")
+    return Listed(row["path"], target, row["size"], row.get("etag"), row.get("sha256", "").lower())
+
+
+def index_names(page: bytes, url: str) -> list[str]:
+    """Return the names that the HTML index `page` of the directory `url` lists, directories with a slash.
+
+    Only links to direct children count: not those to parents, to other servers, or with a query, which sort
+    the listing. Names are decoded but not checked.
+    """
+    parser = _Links()
+    parser.feed(page.decode(errors="surrogateescape"))
+    parser.close()
+    prefix = unquote_to_bytes(urlsplit(url).path.rpartition("/")[0] + "/")
+    names: dict[str, None] = {}
+    for link in parser.links:
+        try:
+            target = urlsplit(urljoin(url, link))
+            path = unquote_to_bytes(os.fsencode(target.path))
+        except ValueError:
+            continue
+        child = path.removeprefix(prefix)
+        inside = _same_origin(target.geturl(), url) and path.startswith(prefix)
+        if inside and child not in (b"", b"/") and b"/" not in child[:-1] and not target.query:
+            names[os.fsdecode(child)] = None
+    return list(names)
+
+
+class _Links(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.links += [value.strip() for name, value in attrs if name == "href" and value]
+
+
+def _parsed(url: str) -> tuple[str, str, str]:
+    """Return the URL to ask for, the URL to show, and the value of ``Authorization`` or ""."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{redact(url)}: malformed URL: {error}") from None
+    if not parsed.host:
+        raise ConfigError(f"{redact(url)}: no host: write {parsed.scheme}://HOST/PATH")
+    bare = parsed.copy_with(userinfo=b"", fragment=None)
+    shown = str(bare.copy_with(query=None))
+    if bare.query:
+        if bare.path.endswith("/"):
+            raise ConfigError(f"{shown}: the URL of a directory takes no query: use the option headers")
+        # Different queries are different files, but they may hold signatures.
+        shown += f"#query-{hashlib.sha256(bare.query).hexdigest()[:12]}"
+    user = parsed.username or parsed.password
+    return str(bare), shown, basic_auth(parsed.username, parsed.password) if user else ""
+
+
+def _checked_headers(url: str, headers: dict[Any, Any]) -> dict[str, str]:
+    for name, value in headers.items():
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            raise ConfigError(f"{url}: option 'headers': {name!r} is not the name of a header")
+        if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+            raise ConfigError(f"{url}: option 'headers': the value of {name!r} is not printable ASCII text")
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def _same_origin(one: str, other: str) -> bool:
+    return urlsplit(one)[:2] == urlsplit(other)[:2]
+
+
+async def _pinned(
+    web: Web, files: Sequence[Listed]
+) -> tuple[list[Entry], list[tuple[str, NotFound | AccessDenied | BadAnswer]]]:
+    """Return the entries of `files`, asking for what the listing lacks, and why others have none."""
+    entries: list[Entry] = []
+    failures: list[tuple[str, NotFound | AccessDenied | BadAnswer]] = []
+
+    async def pin(file: Listed) -> None:
+        try:
+            entries.append(await _entry(web, file))
+        except (NotFound, AccessDenied, BadAnswer) as error:
+            failures.append((file.path, error))
+
+    await _each(pin, files)
+    return entries, failures
+
+
+async def _entry(web: Web, file: Listed) -> Entry:
+    """Return the entry of `file`; BadAnswer if it cannot be served correctly."""
+    if fault := path_fault(file.path):
+        raise BadAnswer(f"{redact(file.url)}: {fault}")
+    digest = Digest("sha256", file.sha256) if file.sha256 else None
+    if file.size is not None and file.etag:
+        return Entry(file.path, file.size, file.etag, digest)
+    facts = await web.facts(file.url)
+    place = redact(file.url)
+    if facts.size is None:
+        raise BadAnswer(f"{place}: the server does not tell its length (no Content-Length)")
+    if file.size is not None and file.size != facts.size:
+        raise BadAnswer(f"{place}: has {facts.size} bytes, the manifest says {file.size}: renew the manifest")
+    version = _version(facts) or (f"sha256:{file.sha256}" if file.sha256 else "")
+    if not version:
+        raise BadAnswer(f"{place}: has neither ETag nor Last-Modified: publish its sha256 in {MANIFEST}")
+    return Entry(file.path, facts.size, version, digest, facts.mtime)
+
+
+def _version(facts: Facts) -> str:
+    if facts.etag or not facts.last_modified:
+        return facts.etag or ""
+    return f"{facts.size} {facts.weak or '-'} {facts.last_modified}"
+
+
+def _tls_context(ca_bundle: str | None) -> ssl.SSLContext:
+    if ca_bundle is None:
+        return httpx.create_ssl_context()
+    return ssl.create_default_context(cafile=ca_bundle)
+
+
+async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=_PARSERS)
+
+
+async def _each(function: Callable[[T], Awaitable[None]], items: Sequence[T]) -> None:
+    """Call `function` with every item, up to AT_ONCE at a time; the first StoreError ends them all."""
+    queue = iter(items)
+    failures: list[StoreError] = []
+
+    async def work(scope: trio.CancelScope) -> None:
+        try:
+            for item in queue:
+                await function(item)
+        except StoreError as error:
+            failures.append(error)
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(min(AT_ONCE, len(items))):
+            nursery.start_soon(work, nursery.cancel_scope)
+    if failures:
+        raise failures[0]

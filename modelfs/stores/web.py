@@ -1,0 +1,265 @@
+"""HTTP for control planes: one place for redirects, deadlines, size limits and the mapping of errors.
+
+Follows RFC 9110. Everything is asked for with ``Accept-Encoding: identity``, so that lengths and ETags are
+those of the bytes that range requests will get.
+"""
+
+from __future__ import annotations
+
+import base64
+import email.utils
+import netrc
+import os
+import re
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import httpx
+import trio
+
+from modelfs import __version__
+from modelfs.errors import AccessDenied, BadAnswer, NotFound, StoreError, Unavailable
+from modelfs.stores import redact
+
+MAX_REDIRECTS = 10
+
+_STRONG = re.compile(r'"[!#-~]+"')
+_WEAK = re.compile(r'W/"[!#-~]+"')
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server said in the end.
+
+    Attributes:
+        url: that answered, after redirects; may hold secrets.
+        status: of HTTP.
+        headers: of the answer.
+        body: empty unless it was asked for.
+
+    """
+
+    url: httpx.URL
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a server says about a file, as far as it can be relied on.
+
+    Attributes:
+        size: bytes, None if the server does not say.
+        etag: strong validator with its quotes, None if there is none.
+        weak: weak validator: tells versions apart, but cannot pin a range request.
+        last_modified: as the server writes it.
+
+    """
+
+    size: int | None
+    etag: str | None
+    weak: str | None
+    last_modified: str | None
+
+    @property
+    def mtime(self) -> float:
+        """Modification time in seconds since the epoch, 0 if unknown."""
+        try:
+            return email.utils.parsedate_to_datetime(self.last_modified or "").timestamp()
+        except (ValueError, OverflowError):
+            return 0.0
+
+
+class Web:
+    """Requests to one origin and to where it redirects; an async context manager.
+
+    Args:
+        origin: any URL of the origin that may see `headers`; other origins never do.
+        headers: sent with every request to the origin; secrets.
+        verify: how servers prove who they are, as httpx takes it.
+        timeout: seconds that one request, redirects and body included, may take.
+
+    """
+
+    def __init__(
+        self, origin: str, headers: Mapping[str, str], *, verify: ssl.SSLContext | bool, timeout: float
+    ) -> None:
+        self._origin = httpx.URL(origin)
+        self._headers = headers
+        self._timeout = timeout
+        self._client = httpx.AsyncClient(
+            verify=verify,
+            timeout=None,  # noqa: S113  # `_ask` sets one deadline over all phases
+            headers={"accept-encoding": "identity", "user-agent": f"modelfs/{__version__}"},
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._client.aclose()
+
+    async def get(self, url: str, limit: int) -> Answer:
+        """Return the successful answer to a GET.
+
+        Raises:
+            StoreError: the body is longer than `limit` bytes, or the server or the network failed.
+
+        """
+        answer = await self._ask("GET", url, limit)
+        if answer.status != 200:
+            raise _failure(answer, url)
+        return answer
+
+    async def facts(self, url: str) -> Facts:
+        """Return what the server says about the file at `url` without fetching it.
+
+        HEAD is tried first; where it is refused (servers of signed URLs do) or does not tell the length, one
+        byte is asked for.
+
+        Raises:
+            StoreError: there is no such file, or the server or the network failed.
+
+        """
+        answer = await self._ask("HEAD", url)
+        if answer.status in (403, 405, 501) or (answer.status == 200 and _size(answer) is None):
+            answer = await self._ask("GET", url, ask={"range": "bytes=0-0"})
+        size = _size(answer)
+        empty = answer.status == 416 and size == 0  # there is no first byte to send
+        if answer.status not in (200, 206) and not empty:
+            raise _failure(answer, url)
+        if answer.url.path.endswith("/"):
+            raise BadAnswer(f"{redact(url)} is a directory: end its URL with a slash")
+        etag = answer.headers.get("etag", "")
+        return Facts(
+            size,
+            etag if _STRONG.fullmatch(etag) else None,
+            etag if _WEAK.fullmatch(etag) else None,
+            answer.headers.get("last-modified"),
+        )
+
+    async def _ask(
+        self, method: str, url: str, limit: int | None = None, ask: Mapping[str, str] | None = None
+    ) -> Answer:
+        place = redact(url)
+        try:
+            with trio.move_on_after(self._timeout):
+                return await self._follow(method, url, limit, ask or {})
+        except httpx.LocalProtocolError as error:
+            # Its text quotes the header that could not be sent, which may be a secret.
+            raise StoreError(f"{place}: the request cannot be sent: check the option headers") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            detail = str(error) or type(error).__name__
+            raise Unavailable(f"{place}: {detail}: check the address and the network") from error
+        raise Unavailable(f"{place}: no answer within {self._timeout:g} s: raise the option timeout")
+
+    async def _follow(self, method: str, url: str, limit: int | None, ask: Mapping[str, str]) -> Answer:
+        target = httpx.URL(url)
+        for _ in range(MAX_REDIRECTS + 1):
+            secrets = self._headers if _may_see(self._origin, target) else {}
+            request = self._client.build_request(method, target, headers={**secrets, **ask})
+            response = await self._client.send(request, stream=True)
+            try:
+                if not response.has_redirect_location:
+                    body = b""
+                    if limit is not None and response.status_code == 200:
+                        body = await _body(response, limit, redact(url))
+                    return Answer(target, response.status_code, response.headers, body)
+                following = target.join(response.headers["location"])
+            finally:
+                await response.aclose()
+            if following.scheme not in ("http", "https") or not following.host:
+                raise BadAnswer(f"{redact(url)}: redirects to something that is not HTTP")
+            if target.scheme == "https" and following.scheme == "http":
+                raise StoreError(
+                    f"{redact(url)}: redirects from https to http on {following.host}, which is not "
+                    "followed: correct the server, or configure the http:// URL if you trust the network"
+                )
+            target = following
+        raise BadAnswer(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
+
+
+def basic_auth(user: str, password: str) -> str:
+    """Return the value of an ``Authorization`` header (RFC 7617, UTF-8)."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def netrc_auth(host: str) -> str | None:
+    """Return the ``Authorization`` for `host` from ``$NETRC`` or ``~/.netrc``; None if there is none.
+
+    Raises:
+        AccessDenied: the file is there but cannot be read or understood.
+
+    """
+    try:
+        path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+        found = netrc.netrc(path).authenticators(host)
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: the user has no home
+        return None
+    except netrc.NetrcParseError as error:
+        # The parser's message may quote a password.
+        raise AccessDenied(f"{path}, line {error.lineno}: malformed: correct it") from None
+    except (OSError, ValueError) as error:
+        raise AccessDenied(f"{path}: cannot be read ({type(error).__name__}): correct it") from error
+    return basic_auth(found[0], found[2] or "") if found else None
+
+
+def _may_see(origin: httpx.URL, target: httpx.URL) -> bool:
+    """Return whether `target` may get the secrets of `origin`: the same origin, or its move to https."""
+    one = (origin.scheme, origin.host, _port(origin))
+    other = (target.scheme, target.host, _port(target))
+    moved = (one[0], one[2], other[0], other[2]) == ("http", 80, "https", 443)
+    return one == other or (moved and one[1] == other[1])
+
+
+def _port(url: httpx.URL) -> int:
+    return url.port or (443 if url.scheme == "https" else 80)
+
+
+async def _body(response: httpx.Response, limit: int, place: str) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > limit:
+            raise StoreError(f"{place}: the answer is longer than {limit >> 20} MiB, too long to list")
+    return bytes(body)
+
+
+def _size(answer: Answer) -> int | None:
+    """Return the length of the whole file as far as `answer` tells it."""
+    if answer.status in (206, 416):
+        text = answer.headers.get("content-range", "").rpartition("/")[2]
+    else:
+        text = answer.headers.get("content-length", "")
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
+def _failure(answer: Answer, url: str) -> StoreError:
+    """Return the error that a status other than success stands for."""
+    place, status = redact(url), answer.status
+    if status in (401, 403, 407):
+        return AccessDenied(
+            f"{place}: refused ({status}): check user and password in ~/.netrc, or the option headers"
+        )
+    if status in (404, 410):
+        return NotFound(f"{place}: not there ({status}): check the URL")
+    if status in (408, 425, 429) or status >= 500:
+        wait = _retry_after(answer.headers.get("retry-after", ""))
+        return Unavailable(f"{place}: not available now ({status}): come back later", retry_after=wait)
+    return BadAnswer(f"{place}: unexpected answer ({status}): check the URL")
+
+
+def _retry_after(text: str) -> float | None:
+    """Return the seconds that a ``Retry-After`` asks for (RFC 9110, 10.2.3), None if it is wrong."""
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
