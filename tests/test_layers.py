@@ -34,7 +34,7 @@ ONLY_IN = {
     "botocore": {"stores/s3.py"},
     "huggingface_hub": {"stores/hf.py"},
     "pycurl": {"fetch/client.py"},
-    "diskcache": {"cache.py"},
+    "diskcache": {"cache/meta.py"},
     "typer": {"cli/__init__.py"},
     "rich": {"cli/__init__.py", "cli/show.py"},
     "yaml": {"config/document.py"},

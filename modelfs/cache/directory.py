@@ -1,0 +1,455 @@
+"""The cache directory: who owns it, what is in it, how much of it, and what has to go."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from modelfs.cache import disk, files, table
+from modelfs.cache.files import Generation
+from modelfs.cache.index import Index, Row
+from modelfs.cache.meta import Meta
+from modelfs.cache.objects import CacheObject
+from modelfs.errors import CacheError, CacheLocked, CacheUnusable
+from modelfs.metrics import Metrics
+from modelfs.types import crc32c
+
+FORMAT = 1
+"""Version of what lies in the directory; a higher one is not touched."""
+
+_log = logging.getLogger(__name__)
+_KEY = re.compile(r"[a-z0-9-]{1,100}")
+_PINS = "cache/pins"
+_STRIPES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How full the cache is.
+
+    Attributes:
+        used: bytes of disk that objects use.
+        limit: bytes they may use; None if only the disk limits them.
+        free: bytes the disk has left for us.
+        objects: how many objects there are.
+        pinned: how many keys are pinned, present or not.
+
+    """
+
+    used: int
+    limit: int | None
+    free: int
+    objects: int
+    pinned: int
+
+
+class Cache:
+    """The objects in one directory, owned by this process until :meth:`close`.
+
+    Methods marked *loop-safe* take microseconds and wait for no disk; all others, the constructor included,
+    belong in a thread. All may be called from several threads at once.
+
+    Args:
+        directory: made (0700) if it is not there; may be empty or an earlier cache, nothing else.
+        limit: bytes of disk that objects may use; None for no limit.
+        min_free: what must stay free on the disk, in bytes or, below 1.0, as a share of the disk.
+        metrics: counts evictions, bad blocks and disk errors.
+
+    Raises:
+        CacheLocked: another process owns the directory.
+        CacheUnusable: it cannot be made or written, holds something else or was written by a newer modelfs.
+
+    """
+
+    def __init__(
+        self, directory: Path, *, limit: int | None = None, min_free: float = 0, metrics: Metrics
+    ) -> None:
+        self.directory = directory.absolute()
+        self.limit = limit
+        self.min_free = min_free
+        self.metrics = metrics
+        self._objects = self.directory / "objects"
+        self._open: dict[str, CacheObject] = {}
+        self._guards = [threading.Lock() for _ in range(_STRIPES)]
+        self._room = threading.Lock()
+        self._pinning = threading.Lock()
+        self._closed = False
+        try:
+            _prepare(self.directory)
+            self._lock_fd = _lock(self.directory)
+            try:
+                _check_format(self.directory)
+                self._objects.mkdir(mode=0o700, exist_ok=True)
+                self._dir = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    self.index = self._load_index()
+                    self._can_punch = disk.punch(self._lock_fd, 1 << 20, 4096)
+                except BaseException:
+                    os.close(self._dir)
+                    raise
+            except BaseException:
+                os.close(self._lock_fd)
+                raise
+        except OSError as error:
+            raise CacheUnusable(
+                f"{self.directory} cannot hold the cache: {error.strerror or error}; "
+                "name another directory as cache.dir or mend its rights and mount"
+            ) from error
+        self._meta = Meta(self.directory / "meta", metrics)
+        pins = self._meta.get(_PINS)
+        self._pins = frozenset(pins if isinstance(pins, list) else ())
+
+    # Objects.
+
+    def object(self, key: str, size: int) -> CacheObject:
+        """Return the object `key` of `size` bytes, opened; match every call with ``CacheObject.close``.
+
+        Everybody who has a key open shares one CacheObject. What lies on disk but is damaged or has another
+        size is removed, and the object starts empty. If the disk refuses, or the key is open with another
+        size (a store lies), the object is volatile.
+
+        Raises:
+            CacheError: the cache is closed.
+            ValueError: `key` is not of the form ``[a-z0-9-]{1,100}`` or `size` is negative.
+
+        """
+        if size < 0:
+            raise ValueError(f"negative size of {key}")
+        stem = self._stem(key)
+        guard = self._guard(key)
+        with guard:
+            self._check_open()
+            item = self._open.get(key)
+            if item is not None and item.size == size:
+                return item.reopen()
+            path = stem.with_suffix(".data")
+            if item is not None:
+                _log.warning("%s: opened with %d bytes while open with %d", path, size, item.size)
+                return CacheObject(key, size, path, Generation(), threading.Lock(), self)
+            generation = self._load(key, size, stem)
+            item = self._open[key] = CacheObject(key, size, path, generation, guard, self)
+            return item
+
+    def _load(self, key: str, size: int, stem: Path) -> Generation:
+        """Return the generation on disk, or a new one, or a volatile one; the guard is held."""
+        row = self.index.get(key)
+        try:
+            now = files.load(stem, size, trusted=row is not None and row.trusted)
+        except ValueError as error:
+            self.metrics.cache_errors.inc()
+            _log.warning("%s: %s; it is removed from the cache", stem, error)
+            now = None
+        except OSError as error:
+            self.metrics.cache_errors.inc()
+            _log.warning("%s", disk.failure("open a file in the cache", stem, error))
+            return Generation()
+        if now is None:
+            return CacheObject.start_over(key, size, stem, self)
+        present = table.present_bytes(now.blocks, size)
+        used = present + table.footprint(size)
+        now.row = self.index.put(key, size=size, present=present, allocated=used, trusted=not now.unchecked)
+        return now
+
+    def forget_open(self, item: CacheObject) -> None:
+        """Take note that nobody has `item` open any more; called by it with its guard held."""
+        if self._open.get(item.key) is item:
+            del self._open[item.key]
+
+    def cached_bytes(self, key: str, size: int) -> int:
+        """Return how many bytes of the object `key` of `size` bytes are present. Loop-safe."""
+        row = self.index.get(key)
+        return row.present if row is not None and row.size == size else 0
+
+    def discard(self, key: str) -> None:
+        """Remove the object from the disk, open or not, pinned or not; the pin itself stays.
+
+        Raises:
+            CacheError: its files cannot be removed.
+
+        """
+        stem = self._stem(key)
+        with self._guard(key):
+            self._check_open()
+            item = self._open.get(key)
+            if item is None:
+                self._remove(key, stem)
+        if item is not None:
+            item.discard()
+
+    def _remove(self, key: str, stem: Path) -> int:
+        try:
+            files.remove(stem)
+        except OSError as error:
+            self.metrics.cache_errors.inc()
+            raise disk.failure("remove an object", stem, error) from error
+        return self.index.forget(key)
+
+    # Room.
+
+    def used(self) -> int:
+        """Return the bytes of disk that objects use, blocks still being written included. Loop-safe."""
+        return self.index.used
+
+    def usage(self) -> Usage:
+        """Return how full the cache is."""
+        try:
+            free = self._free()[0]
+        except OSError:  # the disk is gone: nothing is free on it, and status must go on
+            free = 0
+        return Usage(self.index.used, self.limit, free, len(self.index), len(self._pins))
+
+    def room_for(self, length: int) -> bool:
+        """Return whether `length` bytes more respect both the limit and the minimum of free disk."""
+        if self.limit is not None and self.index.used + length > self.limit:
+            return False
+        free, minimum = self._free()
+        return free - length >= minimum
+
+    def make_room(self, wanted: int) -> int:
+        """Evict until there is :meth:`room_for` `wanted` bytes or nothing can go; return the bytes freed.
+
+        First whole objects, least recently used first, never one that is open or pinned. Then blocks of
+        open objects that are neither pinned nor lent, those read longest ago first, complete objects last.
+        :meth:`CacheObject.write` does this by itself.
+        """
+        with self._room:
+            return self._make_room(wanted)
+
+    def reserve(self, row: Row, length: int) -> None:
+        """Count `length` bytes more for `row`, an open object's; evict for them if need be.
+
+        Raises:
+            CacheError: there is no room and none can be made.
+
+        """
+        with self._room:
+            try:
+                if not self.room_for(length):
+                    self._make_room(length)
+                    if not self.room_for(length):
+                        raise OSError(errno.ENOSPC, "all that is in it is in use or pinned")
+            except OSError as error:
+                raise disk.failure("make room in the cache", self.directory, error) from error
+            self.index.change(row, allocated=length)
+
+    def _make_room(self, wanted: int) -> int:
+        freed = 0
+        for evict in self._victims():
+            if self._closed or self.room_for(wanted):
+                break
+            freed += evict()
+        self.metrics.evicted_bytes.inc(freed)
+        return freed
+
+    def _victims(self) -> Iterator[Callable[[], int]]:
+        """Give what may go, in the order of going, as functions that remove it and return the bytes freed."""
+        for key in self.index.oldest_first():
+            if key not in self._open and key not in self._pins:
+                yield partial(self._evict, key)
+        if not self._can_punch:
+            return
+        blocks = [
+            (item.complete, tick, block, item)
+            for item in list(self._open.values())
+            if item.key not in self._pins and not item.lent
+            for tick, block in item.last_use()
+        ]
+        for _, _, block, item in sorted(blocks, key=lambda row: row[:2]):
+            yield partial(item.punch, [block])
+
+    def _evict(self, key: str) -> int:
+        with self._guard(key):
+            if key in self._open or key in self._pins:
+                return 0
+            try:
+                return self._remove(key, self._stem(key))
+            except CacheError as error:
+                _log.warning("%s", error)
+                return 0
+
+    def _free(self) -> tuple[int, int]:
+        """Return the free bytes of the disk, and how many must stay so."""
+        facts = os.fstatvfs(self._dir)
+        minimum = self.min_free * facts.f_blocks * facts.f_frsize if self.min_free < 1 else self.min_free
+        return facts.f_bavail * facts.f_frsize, int(minimum)
+
+    # Pins and metadata.
+
+    def pin(self, *keys: str) -> None:
+        """Keep the objects `keys` (there or to come) from eviction, in later sessions too."""
+        with self._pinning:
+            self._set_pins(self._pins | {key for key in keys if self._stem(key)})
+
+    def unpin(self, *keys: str) -> None:
+        """Let the objects `keys` be evicted again."""
+        with self._pinning:
+            self._set_pins(self._pins.difference(keys))
+
+    def pinned(self, key: str) -> bool:
+        """Return whether `key` is pinned. Loop-safe."""
+        return key in self._pins
+
+    def get_meta(self, key: str) -> Any | None:
+        """Return what was kept under `key`; None if there is nothing or it cannot be read.
+
+        Raises:
+            CacheError: the cache is closed.
+
+        """
+        self._check_open()
+        return self._meta.get(key)
+
+    def set_meta(self, key: str, value: Any | None) -> None:
+        """Keep the JSON value `value` under `key`; None removes it. Names under ``cache/`` are ours.
+
+        If the disk refuses, that is logged and the value is not kept.
+
+        Raises:
+            CacheError: the cache is closed.
+            TypeError: `value` is not JSON.
+
+        """
+        self._check_open()
+        self._meta.set(key, value)
+
+    # The end.
+
+    def close(self, *, sync: bool = True) -> None:
+        """Leave the directory so that the next start trusts what is in it. Closing again does nothing.
+
+        Objects that are still open lose their blocks for whoever holds them.
+
+        Args:
+            sync: wait until everything is on the disk. Without, it is trusted only until the machine is
+                restarted: right for handing over to a successor, who must not wait for gigabytes.
+
+        """
+        with self._room:
+            if self._closed:
+                return
+            self._closed = True
+        for guard in self._guards:  # whoever is opening or removing something finishes first
+            with guard:
+                pass
+        for item in list(self._open.values()):
+            with self._guard(item.key):
+                item.retire()
+        self._meta.close()
+        try:
+            if sync:
+                disk.sync_file_system(self._dir)
+            clean = self.index.dump(boot=_boot(), synced=sync)
+            disk.replace(self.directory / "clean", clean, sync=sync)
+        except OSError as error:
+            self.metrics.cache_errors.inc()
+            _log.warning("%s", disk.failure("leave the cache clean", self.directory, error))
+        finally:
+            os.close(self._dir)
+            os.close(self._lock_fd)  # the last: a successor may start at once
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheError(f"{self.directory}: the cache is closed")
+
+    def _guard(self, key: str) -> threading.Lock:
+        return self._guards[crc32c(key.encode()) % _STRIPES]
+
+    def _stem(self, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"not a key: {key!r}")
+        return self._objects / f"{crc32c(key.encode()) & 0xFF:02x}" / key
+
+    def _set_pins(self, keys: frozenset[str]) -> None:
+        self._check_open()
+        self._pins = keys
+        self._meta.set(_PINS, sorted(keys))
+
+    def _load_index(self) -> Index:
+        clean = self.directory / "clean"
+        try:
+            raw = clean.read_bytes()
+        except FileNotFoundError:
+            raw = None
+        if raw is not None:
+            # Before anything changes, and for good: a power failure must not bring it back.
+            clean.unlink()
+            disk.sync_directory(self.directory)
+            try:
+                return Index.load(raw, boot=_boot())
+            except ValueError as error:
+                _log.warning("%s: %s; every block is checked before it is served", clean, error)
+        index = Index.scan(self._objects, self.metrics)
+        if raw is None and len(index):
+            _log.info("%s was not left cleanly; every block is checked before it is served", self.directory)
+        return index
+
+
+def _prepare(directory: Path) -> None:
+    """Make `directory`, or see that it is ours and empty or a cache."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = directory.stat()
+    if os.geteuid() not in (0, facts.st_uid):
+        raise CacheUnusable(
+            f"{directory} belongs to another user ({facts.st_uid}); name a directory of your own, "
+            f"for example {directory / 'modelfs'}"
+        )
+    if not (directory / "format").exists():
+        strangers = {path.name for path in directory.iterdir()} - {"lock", "format.new", "lost+found"}
+        if strangers:
+            raise CacheUnusable(
+                f"{directory} holds something else ({min(strangers)!r}); name an empty or a new directory, "
+                f"for example {directory / 'modelfs'}"
+            )
+    if facts.st_mode & 0o077:
+        directory.chmod(0o700)
+
+
+def _lock(directory: Path) -> int:
+    """Take the lock of `directory` for as long as the returned descriptor is open."""
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise CacheLocked(
+                f"{directory} is in use by process {holder}; stop it or name another directory as cache.dir"
+            ) from None
+        os.ftruncate(fd, 0)
+        disk.write(fd, memoryview(b"%d\n" % os.getpid()), 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_format(directory: Path) -> None:
+    path = directory / "format"
+    try:
+        text = path.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        disk.replace(path, b"%d\n" % FORMAT)
+        return
+    if text != str(FORMAT):
+        raise CacheUnusable(
+            f"{directory} is a cache of format {text[:20]!r}, this modelfs writes {FORMAT}; "
+            "use the modelfs that wrote it, name another directory as cache.dir or remove this one"
+        )
+
+
+def _boot() -> str:
+    """Return the id of this boot of the machine; where there is none, one that no other call returns."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(uuid.uuid4())

@@ -1,0 +1,131 @@
+"""System calls the cache needs beyond :mod:`os`, and reads and writes that do all they were asked or raise.
+
+Everything here blocks on the disk, except :func:`read_resident`, and raises OSError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+from modelfs.errors import CacheError
+from modelfs.types import Span, crc32c
+
+CHUNK = 1024 * 1024
+"""Bytes taken into memory at once when a block is checked or hashed."""
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.syncfs.argtypes = [ctypes.c_int]
+
+
+def failure(doing: str, place: Path | str, error: OSError) -> CacheError:
+    """Return the error for a failed operation on the cache disk; every OSError of the cache ends here."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free space on this disk, or change cache.size or cache.min_free"
+    else:
+        remedy = "check this disk and its mount"
+    return CacheError(f"{place}: cannot {doing}: {error.strerror or error}; {remedy}")
+
+
+def read(fd: int, span: Span) -> bytes:
+    """Return exactly the bytes of `span`; a file that ends before it is an EIO."""
+    if not span:
+        return b""
+    data = os.pread(fd, len(span), span.start)
+    if len(data) == len(span):
+        return data
+    parts = [data]
+    done = span.start + len(data)
+    while data and done < span.stop:  # short reads happen at 2 GiB and on some network file systems
+        data = os.pread(fd, span.stop - done, done)
+        parts.append(data)
+        done += len(data)
+    if done < span.stop:
+        raise OSError(errno.EIO, "the file is shorter than it was")
+    return b"".join(parts)
+
+
+def read_resident(fd: int, span: Span) -> bytearray | None:
+    """Return the bytes of `span` if all are in the page cache, else None; never waits for the disk.
+
+    ``RWF_NOWAIT`` of preadv2(2). File systems that do not know it (tmpfs) always give None.
+    """
+    data = bytearray(len(span))
+    try:
+        done = os.preadv(fd, [data], span.start, os.RWF_NOWAIT)
+    except OSError:  # not resident, not supported, or broken: the blocking read finds out which
+        return None
+    return data if done == len(data) else None
+
+
+def write(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data = data[done:]
+        offset += done
+
+
+def crc(fd: int, span: Span) -> int:
+    """Return the CRC-32C of the bytes of `span`; memory use does not depend on its length."""
+    buffer = memoryview(bytearray(min(CHUNK, len(span))))
+    value = 0
+    done = span.start
+    while done < span.stop:
+        part = buffer[: span.stop - done]
+        count = os.preadv(fd, [part], done)
+        if count == 0:
+            raise OSError(errno.EIO, "the file is shorter than it was")
+        value = crc32c(part[:count], value)
+        done += count
+    return value
+
+
+def punch(fd: int, start: int, length: int) -> bool:
+    """Give the disk space of ``[start, start + length)`` back; it reads as zeros from now on.
+
+    The file keeps its size; `length` may reach beyond it. Returns False where the file system cannot.
+    """
+    if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, start, length) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+def sync_file_system(fd: int) -> None:
+    """Wait until everything written to the file system of `fd` is on its disk (syncfs(2))."""
+    if _libc.syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in `directory` are on the disk."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Put `content` into the file at `path` (0600); after a crash it is the old or, with `sync`, the new."""
+    new = path.with_name(path.name + ".new")
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write(fd, memoryview(content), 0)
+        if sync:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    new.replace(path)
+    if sync:
+        sync_directory(path.parent)
