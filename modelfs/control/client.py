@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from modelfs.control.runtime import peer_pid
 from modelfs.errors import MountError
 
 
@@ -33,23 +34,22 @@ class ControlClient:
         self._call("POST", "/v1/shutdown", seconds, {})
 
     def _call(self, method: str, path: str, seconds: float, body: Any = None) -> dict[str, Any]:
+        where = f"the daemon on {self._socket}"
+        if peer_pid(self._socket) is None:
+            raise MountError(f"no daemon listens on {self._socket}: is it mounted? see modelfs status")
         transport = httpx.HTTPTransport(uds=str(self._socket))
-        timeout = httpx.Timeout(seconds, connect=min(seconds, 10.0))
         try:
             with httpx.Client(
-                transport=transport, base_url="http://modelfs", timeout=timeout, trust_env=False
+                transport=transport, base_url="http://modelfs", timeout=seconds, trust_env=False
             ) as client:
                 response = client.request(method, path, json=body)
-                answer = response.json()
-        except httpx.ConnectError as error:
-            raise MountError(
-                f"no daemon listens on {self._socket}: is it mounted? see modelfs status"
-            ) from error
+            answer = response.json()
         except httpx.TimeoutException as error:
-            raise MountError(f"the daemon on {self._socket} did not answer within {seconds:.0f} s") from error
-        except (httpx.HTTPError, json.JSONDecodeError) as error:
-            raise MountError(f"the daemon on {self._socket} gave no valid answer: see its log") from error
-        if response.is_error or not isinstance(answer, dict):
-            reason = answer.get("error") if isinstance(answer, dict) else None
-            raise MountError(f"the daemon refused: {reason or response.status_code}")
+            raise MountError(f"{where} did not answer within {seconds:g} s: see its log") from error
+        except (httpx.HTTPError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise MountError(f"{where} gave no valid answer: see its log") from error
+        if not isinstance(answer, dict):
+            raise MountError(f"{where} gave no valid answer: see its log")
+        if response.is_error:
+            raise MountError(f"the daemon refused: {answer.get('error', response.status_code)}")
         return answer

@@ -1,0 +1,63 @@
+"""A status document as a daemon gives it, for tests of what asks for it and shows it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+_DOCUMENT: dict[str, Any] = {
+    "version": 1,
+    "modelfs": "0.1.0",
+    "pid": 4242,
+    "mountpoint": "/models",
+    "started": 1_700_000_000.0,
+    "transport": {"name": "pyfuse3", "why": "the transport that works on every kernel"},
+    "config": "/etc/modelfs/config.yaml",
+    "log": "/var/log/modelfs/models.log",
+    "models": [
+        {
+            "name": "finbert",
+            "source": "hf://ProsusAI/finbert@main",
+            "state": "ready",
+            "why": None,
+            "revision": "4556d13015211d73dccd3fdd39d39232506f3e43",
+            "resolved_at": 1_700_000_001.0,
+            "offline": False,
+            "files": 9,
+            "size": 1_000_000_000,
+            "cached_bytes": 250_000_000,
+            "rejected": 2,
+        },
+        {
+            "name": "gone",
+            "source": "s3://nobody/gone",
+            "state": "unavailable",
+            "why": "s3://nobody/gone: no such bucket: check the name",
+            "revision": None,
+            "resolved_at": None,
+            "offline": False,
+            "files": 0,
+            "size": 0,
+            "cached_bytes": 0,
+            "rejected": 0,
+        },
+    ],
+    "namespaces": ["hf"],
+    "cache": {
+        "directory": "/var/cache/modelfs",
+        "used": 3 * 1024**3,
+        "limit": 50 * 1024**3,
+        "free": 200 * 1024**3,
+        "objects": 1,
+        "unclean_start": False,
+    },
+    "reads": {"bytes": 5 * 1024**2, "hit_bytes": 4 * 1024**2, "hit_ratio": 0.8, "errors": {"Unavailable": 3}},
+    "fetch": {"bytes": 8 * 1024**2, "requests": 12, "retries": 1, "errors": {}, "in_flight": 0},
+    "open_handles": 2,
+    "rss_bytes": 90 * 1024**2,
+}
+
+
+def document(**changed: Any) -> dict[str, Any]:
+    """Return a status document of one's own, with some members replaced."""
+    return copy.deepcopy(_DOCUMENT) | changed

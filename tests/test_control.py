@@ -1,0 +1,363 @@
+"""What the control API promises, on real Unix sockets with a daemon that only answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+import trio
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from modelfs import control
+from modelfs.errors import Corrupt, ModelfsError, MountError, NotFound
+from modelfs.metrics import Metrics
+from tests.status_document import document
+
+T = TypeVar("T")
+
+
+class FakeDaemon:
+    """A daemon that remembers what it was asked for."""
+
+    def __init__(self, mountpoint: str = "/models") -> None:
+        self.metrics = Metrics()
+        self.asked: list[str | None] = []
+        self.stopped = trio.Event()
+        self.failure: Exception | None = None
+        self._status = document(mountpoint=mountpoint, pid=os.getpid())
+
+    def status(self) -> dict[str, Any]:
+        return self._status
+
+    async def refresh(self, model: str | None) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        if self.failure is not None:
+            raise self.failure
+        self.asked.append(model)
+        return {"models": self._status["models"]}
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "run"
+    monkeypatch.setenv("MODELFS_RUNTIME_DIR", str(path))
+    return path
+
+
+def serving(talk: Callable[[Path], T], daemon: FakeDaemon | None = None) -> T:
+    """Return what `talk` says in a thread while the control API of `daemon` is served."""
+    own = daemon or FakeDaemon()
+
+    async def main() -> T:
+        path = control.socket_path(Path(own.status()["mountpoint"]))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(control.serve, own, path)
+            with trio.fail_after(20):
+                answer = await trio.to_thread.run_sync(talk, path, abandon_on_cancel=True)
+            nursery.cancel_scope.cancel()
+        return answer
+
+    return trio.run(main)
+
+
+def http(path: Path, method: str, url: str, **more: Any) -> httpx.Response:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x") as client:
+        return client.request(method, url, **more)
+
+
+# -- the routes
+
+
+def test_the_status_is_the_daemons_document() -> None:
+    assert serving(lambda path: control.ControlClient(path).status()) == FakeDaemon().status()
+
+
+def test_a_refresh_names_one_model_or_all() -> None:
+    daemon = FakeDaemon()
+
+    def talk(path: Path) -> dict[str, Any]:
+        client = control.ControlClient(path)
+        client.refresh("finbert")
+        http(path, "POST", "/v1/refresh")
+        return client.refresh()
+
+    assert serving(talk, daemon) == {"models": document()["models"]}
+    assert daemon.asked == ["finbert", None, None]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"modle": "x"}', b'{"model": 5}', b"\xff"])
+def test_a_refresh_that_is_not_understood_is_refused(body: bytes) -> None:
+    daemon = FakeDaemon()
+    response = serving(lambda path: http(path, "POST", "/v1/refresh", content=body), daemon)
+    assert response.status_code == 400
+    assert response.json()["kind"] == "ConfigError"
+    assert daemon.asked == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"), [(NotFound("no model\nx"), 404), (Corrupt("x"), 502), (ModelfsError("x"), 502)]
+)
+def test_errors_of_the_daemon_are_one_line_with_their_kind(failure: ModelfsError, code: int) -> None:
+    daemon = FakeDaemon()
+    daemon.failure = failure
+    response = serving(lambda path: http(path, "POST", "/v1/refresh"), daemon)
+    assert response.status_code == code
+    assert response.json() == {"error": str(failure), "kind": type(failure).__name__}
+
+    def talk(path: Path) -> None:
+        with pytest.raises(MountError, match=r"^the daemon refused: (no model )?x$"):
+            control.ControlClient(path).refresh()
+
+    serving(talk, daemon)
+
+
+def test_a_bug_of_the_daemon_is_logged_and_neither_shown_nor_fatal(caplog: pytest.LogCaptureFixture) -> None:
+    daemon = FakeDaemon()
+    daemon.failure = RuntimeError("hush")
+
+    def talk(path: Path) -> tuple[httpx.Response, httpx.Response]:
+        return http(path, "POST", "/v1/refresh"), http(path, "GET", "/healthz")
+
+    bug, health = serving(talk, daemon)
+    assert bug.status_code == 500
+    assert "hush" not in bug.text
+    assert "hush" in caplog.text
+    assert (health.status_code, health.text) == (200, "ok\n")
+
+
+def test_a_shutdown_is_answered_before_the_daemon_stops() -> None:
+    daemon = FakeDaemon()
+
+    async def main() -> None:
+        path = control.socket_path(Path("/models"))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(control.serve, daemon, path)
+            with trio.fail_after(20):
+                await trio.to_thread.run_sync(control.ControlClient(path).stop)
+                await daemon.stopped.wait()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_metrics_are_prometheus_text() -> None:
+    daemon = FakeDaemon()
+    daemon.metrics.read_bytes.inc(7)
+    response = serving(lambda path: http(path, "GET", "/metrics"), daemon)
+    assert response.headers["content-type"] == CONTENT_TYPE_LATEST
+    assert "modelfs_read_bytes_total 7.0\n" in response.text
+
+
+@pytest.mark.parametrize(("method", "path", "code"), [("GET", "/v1/shutdown", 405), ("GET", "/nothing", 404)])
+def test_what_is_not_there_is_not_there(method: str, path: str, code: int) -> None:
+    daemon = FakeDaemon()
+    assert serving(lambda sock: http(sock, method, path), daemon).status_code == code
+    assert not daemon.stopped.is_set()
+
+
+def test_nothing_is_logged_in_ordinary_life(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    serving(lambda path: control.ControlClient(path).status())
+    assert [record for record in caplog.records if record.name.startswith(("modelfs", "hypercorn"))] == []
+    assert capfd.readouterr() == ("", "")
+
+
+# -- the socket
+
+
+def test_only_the_user_can_open_the_socket(runtime: Path) -> None:
+    old = os.umask(0)
+    try:
+        mode = serving(lambda path: (path.stat().st_mode, path.parent.stat().st_mode))
+    finally:
+        os.umask(old)
+    assert (stat.S_ISSOCK(mode[0]), stat.S_IMODE(mode[0]), stat.S_IMODE(mode[1])) == (True, 0o600, 0o700)
+
+
+def test_socket_and_record_are_removed_at_the_end(runtime: Path) -> None:
+    assert len(serving(lambda path: list(runtime.iterdir()))) == 2
+    assert list(runtime.iterdir()) == []
+
+
+def test_a_second_daemon_leaves_the_first_ones_socket_alone() -> None:
+    def talk(path: Path) -> dict[str, Any]:
+        with pytest.raises(MountError, match="another daemon listens"):
+            trio.run(control.serve, FakeDaemon(), path)
+        return control.ControlClient(path).status()
+
+    assert serving(talk)["mountpoint"] == "/models"
+
+
+def test_the_socket_of_a_dead_daemon_is_taken_over() -> None:
+    path = control.socket_path(Path("/models"))
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    assert path.exists()
+    assert serving(lambda path: control.ControlClient(path).status())["version"] == 1
+
+
+def test_cancelling_ends_the_server_while_somebody_is_connected() -> None:
+    async def main() -> None:
+        path = control.socket_path(Path("/models"))
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(control.serve, FakeDaemon(), path)
+                stream = await trio.open_unix_socket(path)
+                await stream.send_all(b"GET /v1/status HTTP/1.1\r\n")
+                nursery.cancel_scope.cancel()
+        await stream.aclose()
+        assert not path.exists()
+
+    trio.run(main)
+
+
+# -- who is alive
+
+
+def test_living_daemons_are_found_by_their_mountpoint() -> None:
+    def talk(path: Path) -> None:
+        record = control.Record(Path("/models"), os.getpid(), document()["started"], "0.1.0")
+        assert control.mounts() == [record]
+        assert control.find(Path("/models")) == record
+        assert control.find(Path("/other")) is None
+
+    serving(talk)
+    assert control.mounts() == []
+
+
+def test_what_a_killed_daemon_left_is_skipped_and_removed(runtime: Path) -> None:
+    code = """if True:
+        import sys, trio
+        from pathlib import Path
+        from modelfs import control
+        from tests.test_control import FakeDaemon
+
+        async def main():
+            path = control.socket_path(Path("/killed"))
+            async with trio.open_nursery() as nursery:
+                await nursery.start(control.serve, FakeDaemon("/killed"), path)
+                print("ready", flush=True)
+
+        trio.run(main)
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        found = control.mounts()
+        process.kill()
+    assert [(record.mountpoint, record.pid) for record in found] == [(Path("/killed"), process.pid)]
+    assert len(list(runtime.iterdir())) == 2
+    assert control.mounts() == []
+    assert list(runtime.iterdir()) == []
+
+
+def test_every_mountpoint_has_a_socket_of_its_own() -> None:
+    names = {control.socket_path(Path(place)) for place in ("/a", "/b", "/a/b", "/" + "x" * 4000)}
+    assert len(names) == 4
+    assert control.socket_path(Path("/a")) in names
+
+
+def test_where_the_sockets_of_a_user_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = os.geteuid() or 1000
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    for name in ("own", "modelfs"):
+        (tmp_path / name).mkdir(mode=0o700)
+        os.chown(tmp_path / name, user, -1)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("MODELFS_RUNTIME_DIR", str(tmp_path / "own"))
+    assert control.runtime_dir() == tmp_path / "own"
+    monkeypatch.setenv("MODELFS_RUNTIME_DIR", "")
+    assert control.runtime_dir() == tmp_path / "modelfs"
+
+
+def test_a_directory_that_others_can_write_to_is_refused(runtime: Path) -> None:
+    runtime.mkdir()
+    runtime.chmod(0o777)
+    with pytest.raises(MountError, match="only you can write to"):
+        control.runtime_dir()
+    runtime.rmdir()
+    runtime.symlink_to("/tmp")
+    with pytest.raises(MountError, match="only you can write to"):
+        control.runtime_dir()
+
+
+def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELFS_RUNTIME_DIR", str(tmp_path / ("x" * 100)))
+    with pytest.raises(MountError, match="too long for a socket: name a shorter"):
+        control.socket_path(Path("/models"))
+
+
+# -- the client
+
+
+def test_no_daemon_is_a_clear_error() -> None:
+    with pytest.raises(MountError, match=r"^no daemon listens on .*: is it mounted\? see modelfs status$"):
+        control.ControlClient(control.socket_path(Path("/models"))).status()
+
+
+@contextmanager
+def answering(raw: bytes | None) -> Iterator[Path]:
+    """Listen like a daemon that answers each request with `raw` and hangs up, or never does either."""
+    path = control.socket_path(Path("/models"))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def answer() -> None:
+            connected = []
+            with suppress(OSError):  # closed in the end
+                while True:
+                    connected.append(listener.accept()[0])
+                    if connected[-1].recv(65536) and raw is not None:
+                        connected[-1].sendall(raw)
+                        connected[-1].shutdown(socket.SHUT_RDWR)
+            for connection in connected:
+                connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield path
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "gave no valid answer"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n{{{", "gave no valid answer"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]", "gave no valid answer"),
+        (b"SSH-2.0\r\n\r\n", "gave no valid answer"),
+        (None, "did not answer within 0.2 s"),
+    ],
+)
+def test_an_answer_that_is_none_is_a_clear_error(raw: bytes | None, message: str) -> None:
+    with answering(raw) as path, pytest.raises(MountError, match=message):
+        control.ControlClient(path).status(seconds=0.2)
+
+
+def test_the_record_is_json_with_the_documented_members(runtime: Path) -> None:
+    record = serving(lambda path: json.loads(path.with_suffix(".json").read_text()))
+    assert record == {
+        "mountpoint": "/models",
+        "pid": os.getpid(),
+        "started": 1_700_000_000.0,
+        "version": "0.1.0",
+    }
