@@ -23,11 +23,12 @@ BUFFER = 512 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to fetch: `size` bytes at `url` into `destination`, in ranges of `block` bytes."""
+    """What to fetch: the first `length` of `size` bytes at `url` into `destination`, `block` bytes at once."""
 
     url: str
     ca: str
     size: int
+    length: int
     block: int
     connections: int
     destination: str
@@ -48,7 +49,7 @@ Get = Callable[[int, int], None]
 
 def threads(job: Job, connect: Callable[[], Get]) -> None:
     """Run one thread per connection; they share the list of ranges."""
-    ranges = [(start, min(start + job.block, job.size)) for start in range(0, job.size, job.block)][::-1]
+    ranges = [(start, min(start + job.block, job.length)) for start in range(0, job.length, job.block)][::-1]
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -145,7 +146,7 @@ def run_pycurl_multi(job: Job, fd: int) -> None:
     """One curl multi handle that drives all connections from a single thread."""
     import pycurl
 
-    ranges = [(start, min(start + job.block, job.size)) for start in range(0, job.size, job.block)][::-1]
+    ranges = [(start, min(start + job.block, job.length)) for start in range(0, job.length, job.block)][::-1]
     multi = pycurl.CurlMulti()
 
     def begin(curl: Any) -> None:
@@ -195,13 +196,13 @@ def run_modelfs(job: Job, fd: int) -> None:
             os.pwrite(fd, data, offset)
 
     async def main() -> None:
-        starts = list(range(0, job.size, job.block))[::-1]
+        starts = list(range(0, job.length, job.block))[::-1]
         client = RangeClient(metrics=Metrics(), connections=job.connections, ca_bundle=job.ca)
 
         async def work() -> None:
             while starts:
                 start = starts.pop()
-                span = Span(start, min(start + job.block, job.size))
+                span = Span(start, min(start + job.block, job.length))
                 await client.fetch(Location(job.url), span, job.size, Sink())
 
         async with client, trio.open_nursery() as nursery:
@@ -353,7 +354,7 @@ def run(name: str, job: Job) -> Result:
     """Run one candidate in this process, after one block to warm up: imports are not compared."""
     fd = os.open(job.destination, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        CANDIDATES[name](replace(job, size=min(job.block, job.size)), fd)
+        CANDIDATES[name](replace(job, length=min(job.block, job.length)), fd)
         os.ftruncate(fd, 0)
         os.ftruncate(fd, job.size)
         started, cpu = time.perf_counter(), time.process_time()

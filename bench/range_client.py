@@ -44,6 +44,7 @@ def main() -> None:
                             url=f"{base}/source",
                             ca=str(server.ca),
                             size=size,
+                            length=size,
                             block=options.block * MIB,
                             connections=options.connections,
                             destination=str(root / "destination"),

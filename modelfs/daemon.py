@@ -60,7 +60,7 @@ async def _main(settings: Settings, ready: Callable[[], None]) -> None:
     await trio.to_thread.run_sync(partial(mountpoint.prepare, place, allow_other=settings.allow_other))
     cache = await trio.to_thread.run_sync(
         partial(
-            Cache.open,
+            Cache,
             settings.cache.directory,
             limit=settings.cache.size,
             min_free=settings.cache.min_free,
@@ -75,7 +75,7 @@ async def _main(settings: Settings, ready: Callable[[], None]) -> None:
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
-            await client.close()
+            client.close()
             await trio.to_thread.run_sync(cache.close)
 
 
@@ -201,6 +201,7 @@ class Daemon:
                 "limit": usage.limit,
                 "free": usage.free,
                 "objects": usage.objects,
+                "pinned": usage.pinned,
                 "unclean_start": usage.unclean_start,
             },
             "reads": {

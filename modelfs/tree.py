@@ -212,7 +212,11 @@ class Tree:
         old = parent.children.get(name)
         if isinstance(old, Directory) and isinstance(node, Directory) and old.ino == node.ino:
             return self._merge(old, node)
-        changes = self._drop(parent, name, old) if old is not None and old.ino != node.ino else []
+        if old is not None and old.ino == node.ino:
+            # Same number, same content: what is known of it may be newer, the kernel need not ask again.
+            parent.children[name] = self._nodes[node.ino] = node
+            return []
+        changes = self._drop(parent, name, old) if old is not None else []
         parent.children[name] = node
         parent.mtime = max(parent.mtime, node.mtime)
         self._admit(node)
@@ -224,12 +228,7 @@ class Tree:
         for name in [name for name in old.children if name not in new.children]:
             changes += self._drop(old, name, old.children[name])
         for name, node in new.children.items():
-            present = old.children.get(name)
-            if present is None or present.ino != node.ino or isinstance(node, Directory):
-                changes += self._place(old, name, node)
-            else:
-                # Same number, same content: the node learns its new model and times, the kernel need not.
-                old.children[name] = self._nodes[node.ino] = node
+            changes += self._place(old, name, node)
         return changes
 
     def _drop(self, parent: Directory, name: str, node: Node) -> list[Change]:

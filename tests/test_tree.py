@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from modelfs.tree import Change, Directory, File, Link, Node, Tree, grow, inode, metadata
+from modelfs.tree import Change, Directory, File, Link, Node, Text, Tree, grow, inode, metadata
 from modelfs.types import Entry, Snapshot
 
 NAMES = st.sampled_from(["a", "b", "config.json", "sub", "ü"])
@@ -62,6 +62,14 @@ def test_a_new_version_is_a_new_inode_and_a_directory_stays_itself() -> None:
     assert directory.children["same"].ino == old["same"]
     assert directory.children["w"].ino != old["w"]
     assert changes == [Change(directory.ino, "w")]
+
+
+def test_putting_the_same_file_again_changes_nothing() -> None:
+    tree = Tree()
+    assert tree.put(("x",), Text(inode("x"), content=b"1")) == [Change(1, "x")]
+    again = Text(inode("x"), mtime=2.0, content=b"1")
+    assert tree.put(("x",), again) == []
+    assert tree.node(again.ino) is again
 
 
 def test_what_the_kernel_holds_outlives_a_refresh_until_it_is_forgotten() -> None:

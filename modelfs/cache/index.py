@@ -8,14 +8,14 @@ and no block is trusted.
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
 import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from modelfs.cache import table
@@ -97,10 +97,10 @@ class Index:
             if self._rows.get(row.key) is row:
                 self._rows.move_to_end(row.key)
 
-    def oldest_first(self) -> list[str]:
-        """Return all keys, least recently used first."""
+    def oldest(self, count: int | None = None) -> list[str]:
+        """Return the `count` least recently used keys, or all, least recently used first."""
         with self._lock:
-            return list(self._rows)
+            return list(itertools.islice(self._rows, count))
 
     def _tick(self) -> int:
         # The clock may jump; the order of use may not.
@@ -116,10 +116,11 @@ class Index:
 
         """
         with self._lock:
-            objects = [astuple(row) for row in self._rows.values()]
-        body = json.dumps(
-            {"boot": boot, "synced": synced, "objects": objects}, separators=(",", ":")
-        ).encode()
+            lines = [
+                f"{row.key} {row.size} {row.present} {row.allocated} {row.stamp} {row.trusted:d}"
+                for row in self._rows.values()
+            ]
+        body = "\n".join([f"{boot} {synced:d}", *lines]).encode()
         return b"%08x\n" % crc32c(body) + body
 
     @classmethod
@@ -130,13 +131,14 @@ class Index:
             ValueError: if `raw` is damaged, or was left by an earlier boot without being on the disk.
 
         """
-        head, _, body = raw.partition(b"\n")
-        if head != b"%08x" % crc32c(body):
+        checksum, _, body = raw.partition(b"\n")
+        if checksum != b"%08x" % crc32c(body):
             raise ValueError("the index is damaged")
-        content = json.loads(body)
-        if not content["synced"] and content["boot"] != boot:
+        first, *lines = body.decode().split("\n")
+        written, synced = first.split(" ")
+        if synced != "1" and written != boot:
             raise ValueError("the machine was restarted before everything was on the disk")
-        return cls(Row(*row) for row in content["objects"])
+        return cls(_parse_row(line) for line in lines)
 
     @classmethod
     def scan(cls, objects: Path, metrics: Metrics) -> Index:
@@ -154,6 +156,11 @@ class Index:
                 if shelf.is_dir(follow_symlinks=False):
                     rows += _scan_shelf(shelf.path, metrics)
         return cls(rows)
+
+
+def _parse_row(line: str) -> Row:
+    key, size, present, allocated, stamp, trusted = line.split(" ")
+    return Row(key, int(size), int(present), int(allocated), int(stamp), trusted == "1")
 
 
 def _scan_shelf(shelf: str, metrics: Metrics) -> list[Row]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import select
+import site
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
+import modelfs
 from modelfs import control, errors
 from modelfs.config import Settings
 from modelfs.errors import ModelfsError, MountError
@@ -47,7 +50,9 @@ def default_log_file(mountpoint: Path, env: Mapping[str, str] | None = None) -> 
         lambda match: "".join(f"\\x{byte:02x}" for byte in os.fsencode(match[0])),
         str(mountpoint).strip("/"),
     ).replace("/", "-")
-    name = f"{name or '-'}.log"[-200:]
+    if len(name) > 200:
+        name = f"{name[-180:]}-{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}"
+    name = f"{name or '-'}.log"
     if os.geteuid() == 0:
         return Path("/var/log/modelfs") / name
     try:
@@ -109,6 +114,7 @@ def background(settings: Settings) -> dict[str, Any]:
             stderr=output,
             pass_fds=(told,),
             start_new_session=True,
+            env=_environment(),
         )
         os.close(told)
         try:
@@ -119,6 +125,15 @@ def background(settings: Settings) -> dict[str, Any]:
         except BaseException:
             _abandon(process, settings.mountpoint)
             raise
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment, in which a Python finds this very modelfs, installed or not."""
+    root = str(Path(modelfs.__file__).parents[1])
+    if root in (*site.getsitepackages(), site.getusersitepackages()):
+        return dict(os.environ)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _hand_over(process: subprocess.Popen[bytes], settings: Settings) -> None:

@@ -11,7 +11,7 @@ from modelfs.cache import CacheObject, Verifier
 from modelfs.errors import Corrupt, ModelfsError
 from modelfs.fetch.planner import Priority, Step, Stream, plan
 from modelfs.fetch.source import Source
-from modelfs.types import Digest, Entry, Span, block_count, block_span
+from modelfs.types import BLOCK, Digest, Entry, Span, block_count, block_span
 
 PER_OBJECT = 8
 """Most blocks of one object on their way at once: one model's load leaves room for another's."""
@@ -95,10 +95,43 @@ class Download:
         """All blocks of the object."""
         return range(block_count(self.entry.size))
 
-    @property
-    def unproven(self) -> bool:
-        """Whether all blocks are there but their published digest is still to be checked."""
-        return self.digest is not None and self.object.complete and not self.object.verified
+    def serves(self, span: Span) -> bool:
+        """Return whether the cache has all of `span` and readers may see it.
+
+        Withheld are the bytes that complete an object with a published digest, until it was checked.
+        """
+        cached = self.object
+        if not cached.covers(span):
+            return False
+        if self.digest is None or cached.verified:
+            return True
+        missing = self.entry.size - cached.cached_bytes
+        if missing == 0:
+            return False
+        last = missing <= BLOCK and any(
+            missing == len(block_span(block, self.entry.size)) and not cached.has(block)
+            for block in span.blocks()
+        )
+        return not last
+
+    def pieces(self, span: Span) -> list[tuple[int, Span]]:
+        """Return `span` cut at block boundaries, each piece with its block."""
+        cut = []
+        for block in span.blocks():
+            whole = block_span(block, self.entry.size)
+            cut.append((block, Span(max(span.start, whole.start), min(span.stop, whole.stop))))
+        return cut
+
+    def want(self, block: int, origin: int) -> None:
+        """Count one reader more that waits for `block`, first of all for its byte `origin`."""
+        self.demand[block] = self.demand.get(block, 0) + 1
+        self.origins.setdefault(block, origin)
+
+    def unwant(self, block: int) -> None:
+        """Count one reader less that waits for `block`."""
+        self.demand[block] -= 1
+        if not self.demand[block]:
+            del self.demand[block], self.origins[block]
 
     def wake(self) -> None:
         """Let every waiting reader look again; each says anew what it needs."""
@@ -125,11 +158,6 @@ class Download:
             streams=() if paused else self.streams,
             whole=self.prefetch and not paused,
         )
-
-    def last_absent(self, block: int) -> bool:
-        """Return whether `block` is all that is missing, so that its arrival completes the object."""
-        missing = len(self.blocks) - self.object.present_blocks
-        return missing <= 1 and not self.object.has(block)
 
     def go_whole(self, flight: Flight) -> bool:
         """Turn `flight` into the one stream of the whole object, which a store without ranges sends.

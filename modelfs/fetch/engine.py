@@ -34,12 +34,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
 
 import trio
 
-from modelfs.cache import Cache
+from modelfs.cache import Cache, CacheObject
 from modelfs.errors import CacheError, Corrupt, ModelfsError
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.download import GRAIN, PER_OBJECT, Download, Flight
@@ -47,9 +46,12 @@ from modelfs.fetch.planner import Priority, Step, advance, is_weights
 from modelfs.fetch.source import Source
 from modelfs.fetch.transfer import Transfer
 from modelfs.metrics import Metrics
-from modelfs.types import Digest, Entry, Span, block_span
+from modelfs.types import BLOCK, Digest, Entry, Span, block_span
 
 log = logging.getLogger(__name__)
+
+Buffer = bytes | bytearray
+"""What a read returns; the caller may keep it, nobody changes it any more."""
 
 RESERVED = {Priority.DEMAND: 0, Priority.READAHEAD: 2, Priority.PREFETCH: 4}
 """Connections each priority leaves free for more urgent work."""
@@ -72,7 +74,7 @@ class Reader:
         self._download = download
         self._closed = False
 
-    async def read(self, start: int, size: int) -> bytes:
+    async def read(self, start: int, size: int) -> Buffer:
         """Return the bytes ``[start, start + size)``, fewer only at the end of the content.
 
         Cancelling leaves what is on its way on its way.
@@ -125,7 +127,6 @@ class Fetcher:
         self._disk_paused_until = -math.inf
         self._memory: OrderedDict[tuple[str, int], Flight] = OrderedDict()
         self._memory_slots = trio.Semaphore(MEMORY_BLOCKS)
-        self._making_room = trio.Lock()
         self._tainted: set[str] = set()
         self._disk = trio.CapacityLimiter(16)
 
@@ -192,7 +193,7 @@ class Fetcher:
             del self._memory[held]
         self._nursery.start_soon(partial(trio.to_thread.run_sync, download.object.close, limiter=self._disk))
 
-    async def read(self, download: Download, start: int, size: int) -> bytes:
+    async def read(self, download: Download, start: int, size: int) -> Buffer:
         """Return the bytes ``[start, start + size)`` of `download`; see :meth:`Reader.read`."""
         end = download.entry.size
         span = Span(min(start, end), min(start + size, end))
@@ -201,8 +202,8 @@ class Fetcher:
         cached = download.object
         if not cached.complete:
             download.streams = advance(download.streams, span)
-        hit = cached.covers(span)
-        data = cached.read_now(span) if hit and not download.error and not download.unproven else None
+        hit = download.serves(span)
+        data: Buffer | None = cached.read_now(span) if hit and not download.error else None
         if data is None:
             data = await self._read_waiting(download, span)
         self._metrics.read_bytes.inc(len(data))
@@ -211,36 +212,20 @@ class Fetcher:
         self.pump_for(download)
         return data
 
-    async def _read_waiting(self, download: Download, span: Span) -> bytes:
-        cached = download.object
+    async def _read_waiting(self, download: Download, span: Span) -> Buffer:
+        """Return the bytes of `span` once they are there, waiting for the disk and the store."""
         with trio.move_on_after(self._deadline):
             while True:
-                if download.error:
-                    raise download.error
-                if cached.covers(span) and not download.unproven:
-                    data = await self._read_disk(cached.read, span)
-                else:
-                    data = await self._read_arriving(download, span)
+                if not download.serves(span):
+                    await self._arrival(download, span)
+                data = await self._collect(download, span)
                 if data is not None:
                     return data
         raise download.source.unavailable(f"{download.entry.path} {span.start}-{span.stop}", self._deadline)
 
-    async def _read_disk(self, read: Callable[[Span], bytes], span: Span) -> bytes | None:
-        """Return what `read` (of a cached object) returns; None if the cache no longer has it."""
-        try:
-            return await trio.to_thread.run_sync(read, span, limiter=self._disk)
-        except CacheError as error:
-            # The block is gone from the cache's table by now: it will be fetched again.
-            self._metrics.cache_errors.inc()
-            log.warning("%s", error)
-            return None
-
-    async def _read_arriving(self, download: Download, span: Span) -> bytes | None:
-        """Wait until all of `span` is there and return it; None if it has to be looked at anew."""
-        pieces = []
-        for block in span.blocks():
-            part = block_span(block, download.entry.size)
-            pieces.append((block, Span(max(span.start, part.start), min(span.stop, part.stop))))
+    async def _arrival(self, download: Download, span: Span) -> None:
+        """Return when all of `span` is there; raise what keeps it from coming."""
+        pieces = download.pieces(span)
         seen: set[Flight] = set()
         wanted: list[int] = []
         try:
@@ -251,15 +236,14 @@ class Fetcher:
                     (block, piece) for block, piece in pieces if not self._there(download, block, piece)
                 ]
                 if not missing:
-                    break
+                    return
                 for flight in seen:
                     if flight.error:
                         raise flight.error
                 for block, piece in missing:
                     if block not in wanted and not download.object.has(block):
                         wanted.append(block)
-                        download.demand[block] = download.demand.get(block, 0) + 1
-                        download.origins.setdefault(block, piece.start)
+                        download.want(block, piece.start)
                 self.pump_for(download)
                 for block, piece in missing:
                     if coming := download.flights.get(block):
@@ -269,38 +253,41 @@ class Fetcher:
                     await download.changed()
         finally:
             for block in wanted:
-                download.demand[block] -= 1
-                if not download.demand[block]:
-                    del download.demand[block]
-                    download.origins.pop(block, None)
-        return await self._collect(download, pieces)
+                download.unwant(block)
 
     def _there(self, download: Download, block: int, piece: Span) -> bool:
-        if download.object.has(block):
-            return not download.unproven
-        if (download.object.key, block) in self._memory:
-            return True
-        flight = download.flights.get(block)
-        if flight is None or not flight.holds(piece):
-            return False
-        return flight.buffer is not None or download.digest is None or not download.last_absent(block)
+        return download.serves(piece) or self._in_memory(download, block, piece) is not None
 
-    async def _collect(self, download: Download, pieces: list[tuple[int, Span]]) -> bytes | None:
-        parts: list[bytes] = []
-        for block, piece in pieces:
-            cached = download.object
-            flight = self._memory.get((cached.key, block)) or download.flights.get(block)
-            if cached.has(block):
-                data = cached.read_now(piece) or await self._read_disk(cached.read, piece)
-            elif flight is not None and flight.buffer is not None:
+    def _in_memory(self, download: Download, block: int, piece: Span) -> Flight | None:
+        """Return the flight whose buffer holds `piece`, if the cache disk could not take it."""
+        flight = self._memory.get((download.object.key, block)) or download.flights.get(block)
+        return flight if flight is not None and flight.buffer is not None and flight.holds(piece) else None
+
+    async def _collect(self, download: Download, span: Span) -> Buffer | None:
+        """Return the bytes of `span` from disk and memory; None if some are no longer there."""
+        if download.error:
+            raise download.error
+        if download.serves(span):
+            return await self._read_disk(download.object, span)
+        parts: list[Buffer] = []
+        for block, piece in download.pieces(span):
+            flight = self._in_memory(download, block, piece)
+            if flight is not None and flight.buffer is not None:
                 start = piece.start - block_span(block, download.entry.size).start
-                data = bytes(flight.buffer[start : start + len(piece)])
+                parts.append(flight.buffer[start : start + len(piece)])
+            elif download.serves(piece) and (data := await self._read_disk(download.object, piece)):
+                parts.append(data)
             else:
-                data = await self._read_disk(cached.peek, piece)
-            if data is None:
                 return None
-            parts.append(data)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(parts)
+
+    async def _read_disk(self, cached: CacheObject, span: Span) -> bytes | None:
+        try:
+            return await trio.to_thread.run_sync(cached.read, span, limiter=self._disk)
+        except CacheError as error:
+            # The cache dropped the block: it will be fetched again.
+            log.warning("%s", error)
+            return None
 
     # -- scheduling ------------------------------------------------------------------------------------
 
@@ -372,13 +359,11 @@ class Fetcher:
         """Bring the flight's bytes in and make them part of the cache, or of the memory without one."""
         if trio.current_time() >= self._disk_paused_until:
             try:
-                await self._make_room(sum(len(part.span) for part in flight.ranges))
                 await self._transfer.run(download, flight)
                 for block in flight.blocks:
                     if not download.object.has(block):
                         await trio.to_thread.run_sync(download.object.commit, block, limiter=self._disk)
             except CacheError as error:
-                self._metrics.cache_errors.inc()
                 log.warning("%s; streaming without the cache for %g s", error, DISK_PAUSE)
                 self._disk_paused_until = trio.current_time() + DISK_PAUSE
             else:
@@ -401,17 +386,6 @@ class Fetcher:
         if len(self._memory) > MEMORY_BLOCKS:
             self._memory.popitem(last=False)
 
-    async def _make_room(self, size: int) -> None:
-        if self._cache.room_for(size):
-            return
-        async with self._making_room:
-            if not self._cache.room_for(size):
-                await trio.to_thread.run_sync(self._cache.make_room, size, limiter=self._disk)
-            if not self._cache.room_for(size):
-                raise CacheError(
-                    f"{self._cache.directory}: no room for another block; free disk or raise the size"
-                )
-
     # -- digests ---------------------------------------------------------------------------------------
 
     def committed(self, download: Download) -> None:
@@ -428,28 +402,17 @@ class Fetcher:
 
     async def _verify(self, download: Download, digest: Digest) -> None:
         """Hash on, in file order, as far as blocks have come in; judge the object when all are there."""
-        try:
-            if download.verifier is None:
-                download.verifier = download.object.verifier(digest)
-            while await trio.to_thread.run_sync(download.verifier.advance, limiter=self._disk):
-                pass
-        except CacheError as error:
-            # A block failed its checksum or the disk failed: what is absent now is fetched again.
-            self._metrics.cache_errors.inc()
-            log.warning("%s", error)
-            download.verifier = None
-        finally:
-            download.verifying = False
-        verdict = download.verifier.result() if download.verifier else None
+        verifier = download.verifier = download.verifier or download.object.verifier(digest)
+        verdict = None
+        while verdict is None and (verifier.hashed == 0 or download.object.has(verifier.hashed // BLOCK)):
+            verdict = await trio.to_thread.run_sync(verifier.advance, limiter=self._disk)
+        download.verifying = False
         if verdict is False:
             await self._condemn(download)
-        elif verdict:
-            self._metrics.verified.labels("good").inc()
         download.wake()
         self._retire(download)
 
     async def _condemn(self, download: Download) -> None:
-        self._metrics.verified.labels("bad").inc()
         download.error = Corrupt(
             f"{download.source.url}: {download.entry.path}: the bytes do not have the published digest "
             f"{download.digest}; they were discarded and the next open fetches them again"

@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from modelfs.catalog import Catalog
 from modelfs.errors import ModelfsError
-from modelfs.fetch.engine import Reader
+from modelfs.fetch.engine import Buffer, Reader
 from modelfs.metrics import Metrics
 from modelfs.tree import Directory, File, Link, Node, Text, Tree
 
@@ -174,7 +174,7 @@ class Operations:
         return Opened(handle, keep)
 
     @answering
-    async def read(self, handle: int, offset: int, size: int) -> bytes:
+    async def read(self, handle: int, offset: int, size: int) -> Buffer:
         """Return the bytes ``[offset, offset + size)`` of an open file, fewer only at its end."""
         content = self._handles[handle]
         if isinstance(content, bytes):

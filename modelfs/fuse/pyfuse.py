@@ -24,7 +24,11 @@ from modelfs.tree import Change
 log = logging.getLogger(__name__)
 
 MAX_READ = 1024 * 1024
-"""Bytes of the largest read request: what the kernel allows by default (256 pages)."""
+"""Bytes of the largest read request, the kernel's default of 256 pages.
+
+libfuse asks for it unbidden; the mount option ``max_read`` would also have to be set in its init handler,
+which pyfuse3 does not offer.
+"""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,7 +88,7 @@ class _Adapter(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(opened.handle), keep_cache=opened.keep_cache)
 
     @_fuse
-    async def read(self, fh: Any, off: int, size: int) -> bytes:
+    async def read(self, fh: Any, off: int, size: int) -> Any:
         return await self._ops.read(fh, off, size)
 
     @_fuse
@@ -143,7 +147,6 @@ class Transport:
 
     def __init__(self, operations: Operations, mountpoint: Path, *, allow_other: bool) -> None:
         options = {"fsname=modelfs", "subtype=modelfs", "ro", "nosuid", "nodev", "default_permissions"}
-        options.add(f"max_read={MAX_READ}")
         if allow_other:
             options.add("allow_other")
         try:

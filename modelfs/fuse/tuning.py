@@ -21,25 +21,25 @@ MAX_BACKGROUND = 128
 """Asynchronous requests (readahead, O_DIRECT) that the kernel sends before it waits for an answer."""
 
 
-def tune(device: str) -> list[str]:
-    """Raise the limits of the mount whose device is ``MAJOR:MINOR``; return what could not be raised and why.
+def tune(device: str) -> None:
+    """Raise the limits of the mount whose device is ``MAJOR:MINOR``; log what could not be raised and why.
 
     Only root may; for others nothing is tried.
     """
     if os.geteuid() != 0:
-        return ["kernel readahead stays at 128 KiB: only root may raise it"]
+        log.info("kernel readahead stays at 128 KiB: only root may raise it")
+        return
     minor = device.partition(":")[2]
     wanted = {
         Path(f"/sys/class/bdi/{device}/read_ahead_kb"): READ_AHEAD_KB,
         Path(f"/sys/fs/fuse/connections/{minor}/max_background"): MAX_BACKGROUND,
         Path(f"/sys/fs/fuse/connections/{minor}/congestion_threshold"): MAX_BACKGROUND * 3 // 4,
     }
-    failures = []
     for file, value in wanted.items():
         try:
             file.write_text(str(value))
+        except FileNotFoundError:
+            # The kernel has no such limit for this mount, or fusectl is not mounted.
+            log.info("%s does not exist: left as it is", file)
         except OSError as error:
-            failures.append(f"{file}: {error.strerror}")
-    for failure in failures:
-        log.warning("mount not tuned: %s", failure)
-    return failures
+            log.warning("%s: %s: left as it is", file, error.strerror)

@@ -27,7 +27,7 @@ import trio
 
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, StoreError
 from modelfs.stores import Options, checked_options, entry_in, redact
-from modelfs.stores.web import Facts, Web, basic_auth, netrc_auth
+from modelfs.stores.web import Facts, Web, basic_auth, netrc_auth, tls_context
 from modelfs.types import Digest, Entry, Location, Snapshot, path_fault
 
 MANIFEST = "modelfs-manifest.json"
@@ -42,7 +42,6 @@ AT_ONCE = 16
 _OPTIONS: dict[str, type | tuple[type, ...]] = {
     "headers": dict,
     "manifest": str,
-    "verify": bool,
     "ca_bundle": str,
     "max_entries": int,
     "timeout": (int, float),
@@ -84,8 +83,7 @@ class HttpStore:
     Options:
         headers: sent to the server with every request; secrets, never sent to another origin.
         manifest: name of the manifest, relative to the directory; then there must be one.
-        verify: False accepts any certificate.
-        ca_bundle: file of the certificate authorities to accept.
+        ca_bundle: file of the certificate authorities to trust while listing.
         max_entries: most files and directories to list (100 000).
         timeout: seconds that one request of a listing may take (60).
 
@@ -99,7 +97,6 @@ class HttpStore:
         self._headers = _checked_headers(self.url, options.get("headers", {}))
         if authorization:
             self._headers["authorization"] = authorization
-        self._verify: bool = options.get("verify", True)
         self._ca_bundle: str | None = options.get("ca_bundle")
         self._max_entries: int = options.get("max_entries", 100_000)
         self._timeout: float = options.get("timeout", 60)
@@ -107,11 +104,10 @@ class HttpStore:
             if options.get(name, 1) <= 0:
                 raise ConfigError(f"{self.url}: option {name!r} must be positive")
         self._single = not self._url.endswith("/")
-        self._manifest: str | None = options.get("manifest")
-        if self._manifest and self._single:
+        self._told: str | None = options.get("manifest")
+        self._manifest = _manifest_url(self._url, self._told or MANIFEST)
+        if self._told and self._single:
             raise ConfigError(f"{self.url}: option 'manifest' needs a URL of a directory, ending in a slash")
-        if self._manifest and not _same_origin(urljoin(self._url, self._manifest), self._url):
-            raise ConfigError(f"{self.url}: option 'manifest' must name a file of the same server")
         self._tls: ssl.SSLContext | None = None
         self._urls: dict[str, str] | None = None  # of the manifest's files; None before it was read
 
@@ -149,7 +145,7 @@ class HttpStore:
             raise failures[0][1]
         # Only names matter of the others.
         others = [Entry(file.path) for file in files if file.path != path]
-        return entry_in(Snapshot.of(self.url, "", [*entries, *others, *empty]), path)
+        return entry_in(Snapshot.of(self.url, "latest", [*entries, *others, *empty]), path)
 
     async def locate(self, entry: Entry) -> Location:
         """Return the URL of the file, the headers for it and the validator that pins its version.
@@ -168,15 +164,15 @@ class HttpStore:
         return Location(url, await self._secrets(), etag=etag, last_modified=modified)
 
     async def _web(self) -> Web:
-        verify = False if not self._verify else self._tls or await self._context()
-        return Web(self._url, await self._secrets(), verify=verify, timeout=self._timeout)
-
-    async def _context(self) -> ssl.SSLContext:
-        try:
-            self._tls = await _in_thread(_tls_context, self._ca_bundle)
-        except (OSError, ssl.SSLError) as error:
-            raise StoreError(f"{self.url}: ca_bundle {self._ca_bundle} cannot be used: {error}") from error
-        return self._tls
+        if self._tls is None:
+            try:
+                self._tls = await _in_thread(tls_context, self._ca_bundle)
+            except OSError as error:
+                chosen = self._ca_bundle or os.environ.get("SSL_CERT_FILE")
+                raise StoreError(
+                    f"{self.url}: cannot use the CA bundle {chosen}: {error.strerror}"
+                ) from error
+        return Web(self._url, await self._secrets(), tls=self._tls, timeout=self._timeout)
 
     async def _secrets(self) -> dict[str, str]:
         """Return the headers that only the server may see, with the password of today."""
@@ -198,17 +194,17 @@ class HttpStore:
 
     async def _read_manifest(self, web: Web) -> list[Listed] | None:
         """Return what the manifest lists; None if the directory has none."""
-        url = urljoin(self._url, self._manifest or MANIFEST)
         try:
-            answer = await web.get(url, MAX_MANIFEST)
-        except (NotFound, AccessDenied):
-            if self._manifest:
+            answer = await web.get(self._manifest, MAX_MANIFEST)
+            absent = "html" in answer.headers.get("content-type", "")  # a page for every URL: no manifest
+        except (NotFound, AccessDenied):  # S3 and its like refuse what is not there
+            if self._told:
                 raise
-            answer = None  # S3 and its like refuse what is not there
-        if answer is None or (not self._manifest and "html" in answer.headers.get("content-type", "")):
+            absent = True
+        if absent and not self._told:
             self._urls = {}
             return None
-        files = await _in_thread(parse_manifest, answer.body, url)
+        files = await _in_thread(parse_manifest, answer.body, self._manifest)
         if len(files) > self._max_entries:
             raise self._too_large()
         self._urls = {file.path: file.url for file in files}
@@ -363,6 +359,16 @@ def _parsed(url: str) -> tuple[str, str, str]:
     return str(bare), shown, basic_auth(parsed.username, parsed.password) if user else ""
 
 
+def _manifest_url(url: str, name: str) -> str:
+    try:
+        manifest = urljoin(url, name)
+        if _same_origin(manifest, url):
+            return manifest
+    except ValueError as error:
+        raise ConfigError(f"{redact(url)}: option 'manifest' is malformed: {error}") from error
+    raise ConfigError(f"{redact(url)}: option 'manifest' must name a file of the same server")
+
+
 def _checked_headers(url: str, headers: dict[Any, Any]) -> dict[str, str]:
     for name, value in headers.items():
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
@@ -416,12 +422,6 @@ def _version(facts: Facts) -> str:
     if facts.etag or not facts.last_modified:
         return facts.etag or ""
     return f"{facts.size} {facts.weak or '-'} {facts.last_modified}"
-
-
-def _tls_context(ca_bundle: str | None) -> ssl.SSLContext:
-    if ca_bundle is None:
-        return httpx.create_ssl_context()
-    return ssl.create_default_context(cafile=ca_bundle)
 
 
 async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:

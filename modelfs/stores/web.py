@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import certifi
 import httpx
 import trio
 
@@ -81,19 +82,19 @@ class Web:
     Args:
         origin: any URL of the origin that may see `headers`; other origins never do.
         headers: sent with every request to the origin; secrets.
-        verify: how servers prove who they are, as httpx takes it.
+        tls: whom to trust.
         timeout: seconds that one request, redirects and body included, may take.
 
     """
 
     def __init__(
-        self, origin: str, headers: Mapping[str, str], *, verify: ssl.SSLContext | bool, timeout: float
+        self, origin: str, headers: Mapping[str, str], *, tls: ssl.SSLContext, timeout: float
     ) -> None:
-        self._origin = httpx.URL(origin)
+        self._origin = _origin(httpx.URL(origin))
         self._headers = headers
         self._timeout = timeout
         self._client = httpx.AsyncClient(
-            verify=verify,
+            verify=tls,
             timeout=None,  # noqa: S113  # `_ask` sets one deadline over all phases
             headers={"accept-encoding": "identity", "user-agent": f"modelfs/{__version__}"},
         )
@@ -135,7 +136,10 @@ class Web:
         if answer.status not in (200, 206) and not empty:
             raise _failure(answer, url)
         if answer.url.path.endswith("/"):
-            raise BadAnswer(f"{redact(url)} is a directory: end its URL with a slash")
+            raise BadAnswer(f"{redact(url)}: is a directory: end its URL with a slash")
+        encoding = answer.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise BadAnswer(f"{redact(url)}: sent in content encoding {encoding!r}: switch that off")
         etag = answer.headers.get("etag", "")
         return Facts(
             size,
@@ -162,7 +166,7 @@ class Web:
     async def _follow(self, method: str, url: str, limit: int | None, ask: Mapping[str, str]) -> Answer:
         target = httpx.URL(url)
         for _ in range(MAX_REDIRECTS + 1):
-            secrets = self._headers if _may_see(self._origin, target) else {}
+            secrets = self._headers if _origin(target) == self._origin else {}
             request = self._client.build_request(method, target, headers={**secrets, **ask})
             response = await self._client.send(request, stream=True)
             try:
@@ -183,6 +187,20 @@ class Web:
                 )
             target = following
         raise BadAnswer(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
+
+
+def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
+    """Return what trusts the authorities in the file `ca_bundle`, else ``$SSL_CERT_FILE``, else the system's.
+
+    Raises:
+        OSError: the file cannot be read, or holds no certificate (``ssl.SSLError``).
+
+    """
+    context = ssl.create_default_context(cafile=ca_bundle)
+    if ca_bundle is None and "SSL_CERT_FILE" not in os.environ:
+        # Some builds of Python look for the system's authorities where this system does not have them.
+        context.load_verify_locations(certifi.where())
+    return context
 
 
 def basic_auth(user: str, password: str) -> str:
@@ -210,16 +228,8 @@ def netrc_auth(host: str) -> str | None:
     return basic_auth(found[0], found[2] or "") if found else None
 
 
-def _may_see(origin: httpx.URL, target: httpx.URL) -> bool:
-    """Return whether `target` may get the secrets of `origin`: the same origin, or its move to https."""
-    one = (origin.scheme, origin.host, _port(origin))
-    other = (target.scheme, target.host, _port(target))
-    moved = (one[0], one[2], other[0], other[2]) == ("http", 80, "https", 443)
-    return one == other or (moved and one[1] == other[1])
-
-
-def _port(url: httpx.URL) -> int:
-    return url.port or (443 if url.scheme == "https" else 80)
+def _origin(url: httpx.URL) -> tuple[str, str, int]:
+    return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
 
 
 async def _body(response: httpx.Response, limit: int, place: str) -> bytes:

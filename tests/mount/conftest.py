@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.mount.harness import open_directory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="mount tests need /dev/fuse and root"))
 
 
-@pytest.fixture(params=["pyfuse3"])
+@pytest.fixture(scope="session", params=["pyfuse3"])
 def transport(request: pytest.FixtureRequest) -> str:
     """Every mount test runs on each transport."""
     name: str = request.param
@@ -29,7 +31,14 @@ def transport(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A directory that any user can enter; pytest's own are only for its user."""
-    directory = Path(tempfile.mkdtemp(prefix="modelfs-test-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
+    with open_directory() as directory:
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Iterator[Path]:
+    """The directory of all models of `tests.zoo`; nobody writes to it."""
+    with open_directory() as directory:
+        command = [sys.executable, "-W", "ignore", "-m", "tests.zoo", str(directory)]
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+        yield directory

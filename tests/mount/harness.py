@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache as remember
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +50,16 @@ class Mounted:
     def run(
         self, *command: str, user: str | None = None, check: bool = True, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a reader, as another user if asked; its output is text."""
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=check,
-            timeout=DEADLINE,
-            user=user,
-            cwd="/",
-            env={**os.environ, **(env or {})},
-        )
+        """Run a reader as `read_by` does."""
+        return read_by(*command, user=user, check=check, env=env)
 
     def python(
         self, code: str, *args: str, user: str | None = None, env: Mapping[str, str] | None = None
     ) -> str:
         """Run Python code in a reader of its own; return what it printed, show what it said if it fails."""
-        result = self.run(sys.executable, "-W", "ignore", "-c", code, *args, user=user, check=False, env=env)
+        program, variables = interpreter(user)
+        words = [program, "-W", "ignore", "-c", code, *args]
+        result = self.run(*words, user=user, check=False, env={**variables, **(env or {})})
         assert result.returncode == 0, result.stderr[-4000:]
         return result.stdout
 
@@ -80,6 +78,51 @@ class Mounted:
             for line in text.splitlines()
             if BAD_LOG.search(line) and not any(re.search(allowed, line) for allowed in self.allowed_errors)
         ]
+
+
+def read_by(
+    *command: str, user: str | None = None, check: bool = True, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, with `user`'s rights and groups if given; its output is text."""
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=DEADLINE,
+        user=user,
+        group=pwd.getpwnam(user).pw_gid if user else None,
+        extra_groups=[] if user else None,
+        cwd="/",
+        env={**os.environ, **(env or {})},
+    )
+
+
+@remember
+def interpreter(user: str | None) -> tuple[str, Mapping[str, str]]:
+    """Return a Python that `user` may run, and the environment in which it finds our packages.
+
+    Ours may lie in a home directory; then it is the system's of the same version.
+    """
+    try:
+        read_by(sys.executable, "-c", "", user=user)
+    except PermissionError:
+        program = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+        variables = {"PYTHONPATH": sysconfig.get_path("platlib")}
+        read_by(program, "-c", "import numpy", user=user, env=variables)
+        return program, variables
+    return sys.executable, {}
+
+
+@contextmanager
+def open_directory() -> Iterator[Path]:
+    """Yield a new directory that any user can enter; pytest's own are only for its user."""
+    directory = Path(tempfile.mkdtemp(prefix="modelfs-test-"))
+    directory.chmod(0o755)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def modelfs(
