@@ -544,3 +544,29 @@ def test_nothing_may_lie_inside_the_mountpoint(world: Path) -> None:
     assert "lie inside one another" in refused(sources=["a=file:///srv"], mountpoint=Path("/srv/models"))
     assert loaded(sources=["a=file:///models-2/x"]).models[0].name == "a"
     assert load(mountpoint=None, env={}, sources=["a=file:///srv"]).models[0].name == "a"
+
+
+# -- the documentation
+
+DOCS = Path(config.__file__).parents[2] / "docs"
+
+
+def test_the_documented_settings_are_those_there_are() -> None:
+    text = (DOCS / "configuration.md").read_text()
+    rows = re.findall(r"^\| `([a-z_.]+)` \| `(MODELFS_\w+)` \| (.*?) \| (.*) \|$", text, re.MULTILINE)
+    assert [(name, variable, words) for name, variable, _, words in rows] == [
+        (key.name, key.variable, key.text) for key in KEYS
+    ]
+    for key, (_, _, default, _) in zip(KEYS, rows, strict=True):
+        assert default.startswith("see ") if key.default is None else key.read(default) == key.default
+
+
+def test_the_documented_example_is_a_configuration() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "configuration.md").read_text(), re.DOTALL)
+    settings = loaded(example)
+    assert [model.name for model in settings.models] == ["finbert", "research/cryptobert"]
+    assert settings.models[1].options == {
+        "endpoint_url": "http://localhost:9000",
+        "profile": "minio",
+        "region": "eu-central-1",
+    }

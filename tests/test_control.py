@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -361,3 +362,19 @@ def test_the_record_is_json_with_the_documented_members(runtime: Path) -> None:
         "started": 1_700_000_000.0,
         "version": "0.1.0",
     }
+
+
+def members(value: Any, name: str = "") -> set[str]:
+    """Return the paths of all members of a JSON document as docs/status.md writes them."""
+    if isinstance(value, dict) and not name.endswith(".errors"):
+        prefix = f"{name}." if name else ""
+        return set().union(*(members(item, prefix + key) for key, item in value.items()))
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return set().union(*(members(item, f"{name}[]") for item in value))
+    return {name}
+
+
+def test_the_documented_members_are_those_of_the_document() -> None:
+    text = (Path(control.__file__).parents[2] / "docs/status.md").read_text()
+    _, _, table = text.partition("## The status document")
+    assert set(re.findall(r"^\| `(\S+)` \|", table, re.MULTILINE)) == members(document())
