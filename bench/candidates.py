@@ -23,7 +23,7 @@ BUFFER = 512 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to fetch: the first `length` of `size` bytes at `url` into `destination`, `block` bytes at once."""
+    """What to fetch: the first `length` of `size` bytes at `url`, in ranges of `block` bytes."""
 
     url: str
     ca: str

@@ -63,7 +63,8 @@ class RangeClient:
         metrics: what is counted; the label ``scheme`` is that of the location.
         connections: most transfers at once; further ones wait their turn.
         connect_timeout: seconds for name resolution, connection and TLS handshake.
-        stall_timeout: seconds without a byte after which a transfer fails; whole seconds, rounded up.
+        stall_timeout: seconds without a byte after which a transfer fails; rounded up to whole ones, and
+            noticed up to five seconds later, for curl averages.
         ca_bundle: PEM file of the authorities to trust; by default ``$SSL_CERT_FILE``, the system's bundle or
             certifi's, the first that exists.
         user_agent: what servers see.
