@@ -16,7 +16,6 @@ import html.parser
 import json
 import os
 import re
-import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -108,7 +107,6 @@ class HttpStore:
         self._manifest = _manifest_url(self._url, self._told or MANIFEST)
         if self._told and self._single:
             raise ConfigError(f"{self.url}: option 'manifest' needs a URL of a directory, ending in a slash")
-        self._tls: ssl.SSLContext | None = None
         self._urls: dict[str, str] | None = None  # of the manifest's files; None before it was read
 
     async def snapshot(self) -> Snapshot:
@@ -164,15 +162,12 @@ class HttpStore:
         return Location(url, await self._secrets(), etag=etag, last_modified=modified)
 
     async def _web(self) -> Web:
-        if self._tls is None:
-            try:
-                self._tls = await _in_thread(tls_context, self._ca_bundle)
-            except OSError as error:
-                chosen = self._ca_bundle or os.environ.get("SSL_CERT_FILE")
-                raise StoreError(
-                    f"{self.url}: cannot use the CA bundle {chosen}: {error.strerror}"
-                ) from error
-        return Web(self._url, await self._secrets(), tls=self._tls, timeout=self._timeout)
+        try:
+            tls = await _in_thread(tls_context, self._ca_bundle)
+        except OSError as error:
+            chosen = self._ca_bundle or os.environ.get("SSL_CERT_FILE")
+            raise StoreError(f"{self.url}: cannot use the CA bundle {chosen}: {error.strerror}") from error
+        return Web(self._url, await self._secrets(), tls=tls, timeout=self._timeout)
 
     async def _secrets(self) -> dict[str, str]:
         """Return the headers that only the server may see, with the password of today."""
@@ -343,12 +338,12 @@ class _Links(html.parser.HTMLParser):
 def _parsed(url: str) -> tuple[str, str, str]:
     """Return the URL to ask for, the URL to show, and the value of ``Authorization`` or ""."""
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
+        parsed, _ = httpx.URL(url), urlsplit(url)  # neither refuses everything that is malformed
+    except (httpx.InvalidURL, ValueError) as error:
         raise ConfigError(f"{redact(url)}: malformed URL: {error}") from None
     if not parsed.host:
         raise ConfigError(f"{redact(url)}: no host: write {parsed.scheme}://HOST/PATH")
-    bare = parsed.copy_with(userinfo=b"", fragment=None)
+    bare = parsed.copy_with(userinfo=b"", fragment=None, raw_path=parsed.raw_path)
     shown = str(bare.copy_with(query=None))
     if bare.query:
         if bare.path.endswith("/"):

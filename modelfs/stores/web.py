@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import email.utils
+import functools
 import netrc
 import os
 import re
@@ -159,8 +160,7 @@ class Web:
             # Its text quotes the header that could not be sent, which may be a secret.
             raise StoreError(f"{place}: the request cannot be sent: check the option headers") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            detail = str(error) or type(error).__name__
-            raise Unavailable(f"{place}: {detail}: check the address and the network") from error
+            raise Unavailable(f"{place}: {_detail(error)}: check the address and the network") from error
         raise Unavailable(f"{place}: no answer within {self._timeout:g} s: raise the option timeout")
 
     async def _follow(self, method: str, url: str, limit: int | None, ask: Mapping[str, str]) -> Answer:
@@ -189,6 +189,7 @@ class Web:
         raise BadAnswer(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
 
 
+@functools.cache  # reading the authorities takes 40 ms, and every snapshot makes a client
 def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
     """Return what trusts the authorities in the file `ca_bundle`, else ``$SSL_CERT_FILE``, else the system's.
 
@@ -234,11 +235,23 @@ def _origin(url: httpx.URL) -> tuple[str, str, int]:
 
 async def _body(response: httpx.Response, limit: int, place: str) -> bytes:
     body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > limit:
-            raise StoreError(f"{place}: the answer is longer than {limit >> 20} MiB, too long to list")
+    # Leaving the loop would leave httpx's generators behind half-way; a cancelled read unwinds them all.
+    with trio.CancelScope() as scope:
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > limit:
+                scope.cancel()
+    if len(body) > limit:
+        raise StoreError(f"{place}: the answer is longer than {limit >> 20} MiB, too long to list")
     return bytes(body)
+
+
+def _detail(error: BaseException) -> str:
+    """Return what the outermost error that says anything says: faults of TLS are wrapped in silent ones."""
+    cause: BaseException | None = error
+    while cause is not None and not str(cause):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause or type(error).__name__)
 
 
 def _size(answer: Answer) -> int | None:
