@@ -606,7 +606,7 @@ def test_the_module_is_the_command() -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
-    for number in range(3000):
+    for number in range(1000):
         (model / f"{number:04}{'x' * 100}").touch()
     words = [sys.executable, "-m", "modelfs", "ls", f"file://{model}"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

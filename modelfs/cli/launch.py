@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import modelfs
-from modelfs import control, errors
+from modelfs import control
 from modelfs.config import Settings
 from modelfs.errors import ModelfsError, MountError
 from modelfs.fuse import mountpoint
@@ -160,7 +160,7 @@ def _await_ready(answers: IO[bytes], file: Path, start: int) -> None:
         said += part
     answer = json.loads(said)
     if "error" in answer:
-        raise getattr(errors, answer["kind"], ModelfsError)(answer["error"])
+        raise control.error_of(answer)
 
 
 def _abandon(process: subprocess.Popen[bytes], path: Path) -> None:

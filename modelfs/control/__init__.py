@@ -5,7 +5,17 @@ describes what the API says.
 """
 
 from modelfs.control.app import Daemon, serve
-from modelfs.control.client import ControlClient
+from modelfs.control.client import ControlClient, error_of
 from modelfs.control.runtime import Record, find, mounts, runtime_dir, socket_path
 
-__all__ = ["ControlClient", "Daemon", "Record", "find", "mounts", "runtime_dir", "serve", "socket_path"]
+__all__ = [
+    "ControlClient",
+    "Daemon",
+    "Record",
+    "error_of",
+    "find",
+    "mounts",
+    "runtime_dir",
+    "serve",
+    "socket_path",
+]

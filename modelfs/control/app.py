@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from modelfs.control.runtime import Record, peer_pid, remove, write_record
+from modelfs.control.runtime import Record, remove, write_record
 from modelfs.errors import AccessDenied, ConfigError, ModelfsError, MountError, NotFound
 from modelfs.metrics import Metrics
 
@@ -118,39 +120,41 @@ async def serve(
     """Serve the control API of `daemon` on `socket_path` until cancelled; for ``nursery.start``.
 
     Started means that connections are accepted and the record lies beside the socket. Both are removed
-    at the end.
+    at the end. The mount decides who serves a mountpoint: a daemon that still listens there was detached
+    from it, and loses its socket.
 
     Raises:
-        MountError: another daemon listens there, or the socket cannot be made.
+        MountError: the socket cannot be made.
 
     """
-    listener = _listen(socket_path)
-    try:
+    with _listening(socket_path) as listener:
         status = daemon.status()
         record = Record(Path(status["mountpoint"]), status["pid"], status["started"], status["modelfs"])
         write_record(socket_path, record)
         # hypercorn takes the descriptor over and closes it.
         config = _server_config(listener.detach())
         await hypercorn.trio.serve(application(daemon), config, task_status=task_status)  # type: ignore[arg-type]
-    finally:
-        listener.close()
-        remove(socket_path)
 
 
-def _listen(path: Path) -> socket.socket:
-    if peer_pid(path) is not None:
-        raise MountError(f"another daemon listens on {path}: modelfs umount its mountpoint first")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        path.unlink(missing_ok=True)
-        listener.bind(str(path))
-        # Before listen(): until then nobody can connect. A umask would be the whole process's.
-        path.chmod(0o600)
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise MountError(f"{path}: cannot listen: {error.strerror or error}") from error
-    return listener
+@contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    """Listen on `path`; remove it in the end, unless another daemon has taken it over."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            path.unlink(missing_ok=True)
+            listener.bind(str(path))
+            # Before listen(): until then nobody can connect. A umask would be the whole process's.
+            path.chmod(0o600)
+            listener.listen()
+        except OSError as error:
+            raise MountError(f"{path}: cannot listen: {error.strerror or error}") from error
+        own = path.stat().st_ino
+        try:
+            yield listener
+        finally:
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino == own:
+                    remove(path)
 
 
 def _server_config(descriptor: int) -> hypercorn.config.Config:

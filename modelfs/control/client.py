@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from modelfs import errors
 from modelfs.control.runtime import peer_pid
-from modelfs.errors import MountError
+from modelfs.errors import ModelfsError, MountError
 
 
 class ControlClient:
     """A client of the daemon that listens on a control socket; each call is one connection.
 
-    All calls raise :class:`modelfs.errors.MountError` if no daemon answers in time or it refuses.
+    All calls raise MountError if no daemon answers in time, and what the daemon says if it refuses.
     """
 
     def __init__(self, socket_path: Path) -> None:
@@ -51,5 +53,14 @@ class ControlClient:
         if not isinstance(answer, dict):
             raise MountError(f"{where} gave no valid answer: see its log")
         if response.is_error:
-            raise MountError(f"the daemon refused: {answer.get('error', response.status_code)}")
+            raise error_of(answer)
         return answer
+
+
+def error_of(answer: Mapping[str, Any]) -> ModelfsError:
+    """Return the error that a daemon told as ``{"error": message, "kind": class}``, in its own class."""
+    kind = getattr(errors, str(answer.get("kind")), None)
+    message = str(answer.get("error", "the daemon refused: see its log"))
+    if isinstance(kind, type) and issubclass(kind, ModelfsError):
+        return kind(message)
+    return ModelfsError(message)
