@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelfs.cache import disk, files, table
-from modelfs.cache.files import Generation
+from modelfs.cache import disk, generation
+from modelfs.cache.generation import Generation
 from modelfs.cache.index import Index, Row
 from modelfs.cache.meta import Meta
 from modelfs.cache.objects import CacheObject
@@ -135,36 +135,15 @@ class Cache:
             item = self._open.get(key)
             if item is not None and item.size == size:
                 return item.reopen()
-            path = stem.with_suffix(".data")
             if item is not None:
-                _log.warning("%s: opened with %d bytes while open with %d", path, size, item.size)
-                return CacheObject(key, size, path, Generation(), threading.Lock(), self)
-            generation = self._load(key, size, stem)
-            item = self._open[key] = CacheObject(key, size, path, generation, guard, self)
+                _log.warning("%s: opened with %d bytes while open with %d", stem, size, item.size)
+                volatile = Generation(stem.with_suffix(".data"), size, self)
+                return CacheObject(key, volatile, threading.Lock(), self._forget_open)
+            now = generation.load(stem, size, self)
+            item = self._open[key] = CacheObject(key, now, guard, self._forget_open)
             return item
 
-    def _load(self, key: str, size: int, stem: Path) -> Generation:
-        """Return the generation on disk, or a new one, or a volatile one; the guard is held."""
-        row = self.index.get(key)
-        try:
-            now = files.load(stem, size, trusted=row is not None and row.trusted)
-        except ValueError as error:
-            self.metrics.cache_errors.inc()
-            _log.warning("%s: %s; it is removed from the cache", stem, error)
-            now = None
-        except OSError as error:
-            self.metrics.cache_errors.inc()
-            _log.warning("%s", disk.failure("open a file in the cache", stem, error))
-            return Generation()
-        if now is None:
-            return CacheObject.start_over(key, size, stem, self)
-        present = table.present_bytes(now.blocks, size)
-        used = present + table.footprint(size)
-        now.row = self.index.put(key, size=size, present=present, allocated=used, trusted=not now.unchecked)
-        return now
-
-    def forget_open(self, item: CacheObject) -> None:
-        """Take note that nobody has `item` open any more; called by it with its guard held."""
+    def _forget_open(self, item: CacheObject) -> None:
         if self._open.get(item.key) is item:
             del self._open[item.key]
 
@@ -191,7 +170,7 @@ class Cache:
 
     def _remove(self, key: str, stem: Path) -> int:
         try:
-            files.remove(stem)
+            generation.remove(stem)
         except OSError as error:
             self.metrics.cache_errors.inc()
             raise disk.failure("remove an object", stem, error) from error
@@ -237,9 +216,9 @@ class Cache:
         """
         with self._room:
             try:
-                if not self.room_for(length):
-                    self._make_room(length)
-                    if not self.room_for(length):
+                # Objects are opened meanwhile, and each takes the space of its table.
+                while not self.room_for(length):
+                    if self._make_room(length) == 0 and not self.room_for(length):
                         raise OSError(errno.ENOSPC, "all that is in it is in use or pinned")
             except OSError as error:
                 raise disk.failure("make room in the cache", self.directory, error) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from modelfs.cache import Cache, CacheObject
@@ -19,6 +21,16 @@ def content(size: int, seed: int = 0) -> bytes:
 
 def open_cache(directory: Path, **options: float) -> Cache:
     return Cache(directory, metrics=Metrics(), **options)  # type: ignore[arg-type]
+
+
+@contextmanager
+def cache_at(directory: Path, **options: float) -> Iterator[Cache]:
+    """Open a cache and close it cleanly, but without waiting for the disk, which all tests share."""
+    cache = open_cache(directory, **options)
+    try:
+        yield cache
+    finally:
+        cache.close(sync=False)
 
 
 def put(item: CacheObject, data: bytes, *blocks: int) -> None:

@@ -19,9 +19,8 @@ import pytest
 from modelfs.cache import Cache, CacheObject
 from modelfs.cache.index import Index
 from modelfs.errors import CacheError, CacheLocked, CacheUnusable
-from modelfs.metrics import Metrics
 from modelfs.types import BLOCK, Digest, Span
-from tests.cache import content, crash_image, damage, data_file, open_cache, put, table_file, whole
+from tests.cache import cache_at, content, crash_image, damage, data_file, open_cache, put, table_file, whole
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 NOBODY = 65534
@@ -29,7 +28,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    with closing(open_cache(tmp_path / "cache")) as cache:
+    with cache_at(tmp_path / "cache") as cache:
         yield cache
 
 
@@ -205,7 +204,7 @@ def test_a_clean_stop_keeps_everything_and_needs_no_check(tmp_path: Path) -> Non
     with closing(open_cache(tmp_path / "c")) as cache:
         stored(cache, "k", data)
         used = cache.used()
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         assert cache.used() == used
         assert cache.cached_bytes("k", len(data)) == len(data)
         assert cache.cached_bytes("k", len(data) + 1) == 0
@@ -217,12 +216,12 @@ def test_a_clean_stop_keeps_everything_and_needs_no_check(tmp_path: Path) -> Non
 
 def test_after_a_crash_blocks_are_checked_before_they_are_served(tmp_path: Path) -> None:
     data = content(2 * BLOCK)
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         item = opened(cache, "k", data)
         image = crash_image(tmp_path / "c", tmp_path / "image")
         item.close()
     damage(data_file(image, "k"), BLOCK + 12345)
-    with closing(open_cache(image)) as cache:
+    with cache_at(image) as cache:
         assert cache.cached_bytes("k", len(data)) == len(data)
         item = cache.object("k", len(data))
         assert item.unchecked == 2
@@ -240,20 +239,20 @@ def test_after_a_crash_blocks_are_checked_before_they_are_served(tmp_path: Path)
 
 def test_a_block_that_was_never_checked_stays_unchecked_through_a_clean_stop(tmp_path: Path) -> None:
     data = content(BLOCK + 1)
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         stored(cache, "k", data)
         image = crash_image(tmp_path / "c", tmp_path / "image")
-    with closing(open_cache(image)) as cache:
+    with cache_at(image) as cache:
         item = cache.object("k", len(data))
         assert item.check(0)
         item.close()
-    with closing(open_cache(image)) as cache:
+    with cache_at(image) as cache:
         item = cache.object("k", len(data))
         assert item.unchecked == 2
         assert item.check(0)
         assert item.check(1)
         item.close()
-    with closing(open_cache(image)) as cache:
+    with cache_at(image) as cache:
         item = cache.object("k", len(data))
         assert item.unchecked == 0
         item.close()
@@ -262,10 +261,10 @@ def test_a_block_that_was_never_checked_stays_unchecked_through_a_clean_stop(tmp
 def test_a_damaged_record_is_an_absent_block(tmp_path: Path) -> None:
     data = content(BLOCK + 1)
     for offset in range(8):
-        with closing(open_cache(tmp_path / f"c{offset}")) as cache:
+        with cache_at(tmp_path / f"c{offset}") as cache:
             stored(cache, "k", data)
         damage(table_file(tmp_path / f"c{offset}", "k"), 64 + offset)
-        with closing(open_cache(tmp_path / f"c{offset}")) as cache:
+        with cache_at(tmp_path / f"c{offset}") as cache:
             item = cache.object("k", len(data))
             assert item.missing(range(2)) == [0]
             item.close()
@@ -274,13 +273,13 @@ def test_a_damaged_record_is_an_absent_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize("crash", [False, True])
 def test_a_damaged_header_empties_the_object(tmp_path: Path, crash: bool) -> None:
     directory = tmp_path / "c"
-    with closing(open_cache(directory)) as cache:
+    with cache_at(directory) as cache:
         stored(cache, "k", b"abc")
         stored(cache, "other", b"def")
     if crash:
         (directory / "clean").unlink()
     damage(table_file(directory, "k"), 17)
-    with closing(open_cache(directory)) as cache:
+    with cache_at(directory) as cache:
         item = cache.object("k", 3)
         assert not item.covers(Span(0, 1))
         assert cache.metrics.value("modelfs_cache_errors_total") == 1
@@ -304,10 +303,10 @@ def test_another_size_under_the_same_key_empties_the_object(cache: Cache) -> Non
 
 
 def test_a_data_file_of_the_wrong_size_is_not_used(tmp_path: Path) -> None:
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         stored(cache, "k", b"abcdef")
     os.truncate(data_file(tmp_path / "c", "k"), 5)
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         item = cache.object("k", 6)
         assert item.cached_bytes == 0
         item.close()
@@ -326,10 +325,10 @@ def test_a_file_that_shrinks_under_us_is_an_error_and_the_block_is_fetched_again
 
 def test_a_damaged_index_is_rebuilt_and_nothing_is_trusted(tmp_path: Path) -> None:
     directory = tmp_path / "c"
-    with closing(open_cache(directory)) as cache:
+    with cache_at(directory) as cache:
         stored(cache, "k", b"abc")
     damage(directory / "clean", 30)
-    with closing(open_cache(directory)) as cache:
+    with cache_at(directory) as cache:
         item = cache.object("k", 3)
         assert item.unchecked == 1
         assert whole(item) == b"abc"
@@ -351,7 +350,7 @@ def test_a_hasty_stop_is_trusted_by_the_successor(tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "c")
     stored(cache, "k", b"abc")
     cache.close(sync=False)
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         item = cache.object("k", 3)
         assert item.unchecked == 0
         item.close()
@@ -359,7 +358,7 @@ def test_a_hasty_stop_is_trusted_by_the_successor(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
     data = content(2 * BLOCK)
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         item = cache.object("k", len(data))
         put(item, data, 0)
         item.write(BLOCK, data[:4096])
@@ -367,7 +366,7 @@ def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
         image = crash_image(tmp_path / "c", tmp_path / "image")
         orphan = data_file(image, "orphan")
         orphan.with_suffix(".table").unlink()
-        with closing(open_cache(image)) as second:
+        with cache_at(image) as second:
             assert not orphan.exists()
             assert second.cached_bytes("k", len(data)) == BLOCK
             assert second.usage().objects == 1
@@ -391,7 +390,7 @@ def test_closing_twice_is_closing_once(tmp_path: Path) -> None:
         with pytest.raises(CacheError, match="closed"):
             call()
     assert cache.make_room(1) == 0
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         item = cache.object("k", 3)
         assert whole(item) == b"abc"
         item.close()
@@ -399,13 +398,13 @@ def test_closing_twice_is_closing_once(tmp_path: Path) -> None:
 
 def test_many_objects_come_back_with_the_same_numbers(tmp_path: Path) -> None:
     directory = tmp_path / "c"
-    with closing(open_cache(directory)) as cache:
+    with cache_at(directory) as cache:
         for number in range(300):
             stored(cache, f"k{number}", b"%03d" % number)
         usage = cache.usage()
         image = crash_image(directory, tmp_path / "image")
     for place in (directory, image):
-        with closing(open_cache(place)) as cache:
+        with cache_at(place) as cache:
             assert cache.usage().objects == usage.objects == 300
             assert all(cache.cached_bytes(f"k{number}", 3) == 3 for number in range(300))
             item = cache.object("k77", 3)
@@ -417,7 +416,7 @@ def test_many_objects_come_back_with_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_two_daemons_never_share_a_directory(tmp_path: Path) -> None:
-    with closing(open_cache(tmp_path / "c")), pytest.raises(CacheLocked, match=f"process {os.getpid()};"):
+    with cache_at(tmp_path / "c"), pytest.raises(CacheLocked, match=f"process {os.getpid()};"):
         open_cache(tmp_path / "c")
     open_cache(tmp_path / "c").close()
 
@@ -425,7 +424,7 @@ def test_two_daemons_never_share_a_directory(tmp_path: Path) -> None:
 def test_only_the_owner_can_read_anything(tmp_path: Path) -> None:
     directory = tmp_path / "c"
     directory.mkdir(mode=0o755)
-    with closing(open_cache(directory)) as cache:
+    with cache_at(directory) as cache:
         item = cache.object("k", BLOCK + 1)
         put(item, content(BLOCK + 1), 0)
         assert os.stat(item.path).st_mode & 0o777 == 0o600
@@ -486,9 +485,9 @@ def ordinary_user() -> Iterator[Path]:
 def test_an_ordinary_user_can_drop_and_fetch_blocks_of_a_complete_object() -> None:
     data = content(2 * BLOCK)
     with ordinary_user() as home:
-        with closing(open_cache(home / "c")) as cache:
+        with cache_at(home / "c") as cache:
             stored(cache, "k", data)
-        with closing(open_cache(home / "c")) as cache:
+        with cache_at(home / "c") as cache:
             item = cache.object("k", len(data))
             assert os.stat(item.path).st_mode & 0o777 == 0o400
             assert item.punch([1]) == BLOCK
@@ -517,7 +516,7 @@ def test_somebody_elses_directory_is_refused(tmp_path: Path) -> None:
 @needs_root
 def test_a_full_disk_refuses_the_block_and_keeps_serving(tmp_path: Path) -> None:
     data = content(BLOCK)
-    with mounted(tmp_path / "small", "-o", "size=12m") as small, closing(open_cache(small / "c")) as cache:
+    with mounted(tmp_path / "small", "-o", "size=12m") as small, cache_at(small / "c") as cache:
         first = opened(cache, "first", data)
         cache.pin("first")
         second = cache.object("second", BLOCK)
@@ -535,7 +534,7 @@ def test_a_full_disk_refuses_the_block_and_keeps_serving(tmp_path: Path) -> None
 
 @needs_root
 def test_a_disk_that_others_fill_refuses_the_bytes(tmp_path: Path) -> None:
-    with mounted(tmp_path / "small", "-o", "size=12m") as small, closing(open_cache(small / "c")) as cache:
+    with mounted(tmp_path / "small", "-o", "size=12m") as small, cache_at(small / "c") as cache:
         item = cache.object("k", BLOCK)
         item.write(0, b"x")  # the space of the block is reserved from here on, but not used yet
         with (small / "hog").open("wb") as hog, contextlib.suppress(OSError):
@@ -555,7 +554,7 @@ def test_the_minimum_of_free_disk_is_kept(tmp_path: Path, min_free: float) -> No
     data = content(BLOCK)
     with (
         mounted(tmp_path / "small", "-o", "size=32m") as small,
-        closing(open_cache(small / "c", min_free=min_free)) as cache,
+        cache_at(small / "c", min_free=min_free) as cache,
     ):
         stored(cache, "a", data)
         stored(cache, "b", data)
@@ -567,7 +566,7 @@ def test_the_minimum_of_free_disk_is_kept(tmp_path: Path, min_free: float) -> No
 @needs_root
 def test_a_disk_gone_read_only_serves_what_it_has(tmp_path: Path) -> None:
     data = content(BLOCK + 5)
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         stored(cache, "complete", data)
         stored(cache, "stays", b"abc")
         item = cache.object("partial", len(data))
@@ -611,7 +610,7 @@ def test_a_directory_that_vanishes_leaves_open_objects_readable(tmp_path: Path) 
 
 def test_the_least_recently_used_object_goes_first(tmp_path: Path) -> None:
     data = content(BLOCK)
-    with closing(open_cache(tmp_path / "c", limit=3 * BLOCK + 100_000)) as cache:
+    with cache_at(tmp_path / "c", limit=3 * BLOCK + 100_000) as cache:
         for key in "abc":
             stored(cache, key, data)
         cache.object("a", BLOCK).close()
@@ -624,13 +623,13 @@ def test_the_least_recently_used_object_goes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("crash", [False, True])
 def test_the_order_of_use_survives_a_restart(tmp_path: Path, crash: bool) -> None:
     directory = tmp_path / "c"
-    with closing(open_cache(directory)) as cache:
+    with cache_at(directory) as cache:
         for key in "abc":
             stored(cache, key, b"x")
         cache.object("a", 1).close()
     if crash:
         (directory / "clean").unlink()
-    with closing(open_cache(directory, limit=2 * 8192)) as cache:
+    with cache_at(directory, limit=2 * 8192) as cache:
         cache.make_room(0)
         assert [key for key in "abc" if cache.cached_bytes(key, 1)] == ["a", "c"] or not crash
         cache.make_room(8192)
@@ -640,11 +639,11 @@ def test_the_order_of_use_survives_a_restart(tmp_path: Path, crash: bool) -> Non
 
 def test_the_order_of_use_ignores_a_clock_that_jumps(tmp_path: Path) -> None:
     directory = tmp_path / "c"
-    with closing(open_cache(directory)) as cache:
+    with cache_at(directory) as cache:
         stored(cache, "future", b"x")
     (directory / "clean").unlink()
     os.utime(table_file(directory, "future"), (2**33, 2**33))
-    with closing(open_cache(directory)) as cache:
+    with cache_at(directory) as cache:
         stored(cache, "now", b"x")
         cache.limit = cache.used() - 1
         cache.make_room(0)
@@ -653,7 +652,7 @@ def test_the_order_of_use_ignores_a_clock_that_jumps(tmp_path: Path) -> None:
 
 
 def test_open_and_pinned_objects_stay(tmp_path: Path) -> None:
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         for key in ("pinned", "free"):
             stored(cache, key, b"abc")
         cache.pin("pinned")
@@ -669,10 +668,10 @@ def test_open_and_pinned_objects_stay(tmp_path: Path) -> None:
 
 
 def test_pins_survive_a_restart_and_can_be_taken_back(tmp_path: Path) -> None:
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         cache.pin("a", "b")
         cache.unpin("a")
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         assert not cache.pinned("a")
         assert cache.pinned("b")
         assert cache.usage().pinned == 1
@@ -681,7 +680,7 @@ def test_pins_survive_a_restart_and_can_be_taken_back(tmp_path: Path) -> None:
 def test_an_object_larger_than_the_limit_streams_through_it(tmp_path: Path) -> None:
     data = content(8 * BLOCK)
     limit = 3 * BLOCK + 8192
-    with closing(open_cache(tmp_path / "c", limit=limit)) as cache:
+    with cache_at(tmp_path / "c", limit=limit) as cache:
         item = cache.object("k", len(data))
         for block in range(8):
             put(item, data, block)
@@ -694,7 +693,7 @@ def test_an_object_larger_than_the_limit_streams_through_it(tmp_path: Path) -> N
 
 def test_blocks_read_longest_ago_are_punched_first(tmp_path: Path) -> None:
     data = content(4 * BLOCK)
-    with closing(open_cache(tmp_path / "c", limit=3 * BLOCK + 8192)) as cache:
+    with cache_at(tmp_path / "c", limit=3 * BLOCK + 8192) as cache:
         item = cache.object("k", len(data))
         put(item, data, 0, 1, 2)
         item.read(Span(0, 1))
@@ -704,7 +703,7 @@ def test_blocks_read_longest_ago_are_punched_first(tmp_path: Path) -> None:
 
 
 def test_a_limit_below_one_block_refuses_and_harms_nobody(tmp_path: Path) -> None:
-    with closing(open_cache(tmp_path / "c", limit=BLOCK - 1)) as cache:
+    with cache_at(tmp_path / "c", limit=BLOCK - 1) as cache:
         item = cache.object("k", BLOCK)
         with pytest.raises(CacheError, match=r"cache\.size"):
             item.write(0, b"x")
@@ -730,7 +729,7 @@ def test_punching_frees_the_disk(cache: Cache) -> None:
 
 
 def test_usage_says_how_full_it_is(tmp_path: Path) -> None:
-    with closing(open_cache(tmp_path / "c", limit=1 << 30)) as cache:
+    with cache_at(tmp_path / "c", limit=1 << 30) as cache:
         stored(cache, "k", b"abc")
         usage = cache.usage()
         assert (usage.limit, usage.objects, usage.pinned) == (1 << 30, 1, 0)
@@ -806,7 +805,7 @@ def test_a_digest_is_computed_while_blocks_arrive(cache: Cache, tmp_path: Path) 
     assert not item.verified
     item.close()
     image = crash_image(cache.directory, tmp_path / "image")
-    with closing(open_cache(image)) as second:
+    with cache_at(image) as second:
         again = second.object("k", len(data))
         assert not again.verified
         again.close()
@@ -847,11 +846,11 @@ def test_content_that_lost_a_block_while_it_was_hashed_is_not_called_verified(ca
 
 def test_hashing_checks_blocks_of_doubtful_sessions(tmp_path: Path) -> None:
     data = content(BLOCK)
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         stored(cache, "k", data)
         image = crash_image(tmp_path / "c", tmp_path / "image")
     damage(data_file(image, "k"), 5)
-    with closing(open_cache(image)) as cache:
+    with cache_at(image) as cache:
         item = cache.object("k", BLOCK)
         verifier = item.verifier(Digest("md5", hashlib.md5(data).hexdigest()))
         assert verifier.advance() is None
@@ -866,14 +865,14 @@ def test_hashing_checks_blocks_of_doubtful_sessions(tmp_path: Path) -> None:
 
 def test_metadata_is_kept_as_json(tmp_path: Path) -> None:
     value = {"entries": [["a", 1, None]], "big": "x" * 100_000}
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         assert cache.get_meta("a") is None
         cache.set_meta("a", value)
         cache.set_meta("b", 1)
         cache.set_meta("b", None)
         with pytest.raises(TypeError):
             cache.set_meta("a", object())
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         assert cache.get_meta("a") == value
         assert cache.get_meta("b") is None
 
@@ -889,7 +888,7 @@ def test_metadata_can_be_used_from_many_threads(cache: Cache) -> None:
 @pytest.mark.parametrize("ruin", ["garbage", "truncated", "no table", "empty"])
 def test_a_ruined_database_is_replaced_by_an_empty_one(tmp_path: Path, ruin: str) -> None:
     database = tmp_path / "c" / "meta" / "cache.db"
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         cache.set_meta("a", list(range(20_000)))
         cache.set_meta("b", "x" * 20_000)
     match ruin:
@@ -904,7 +903,7 @@ def test_a_ruined_database_is_replaced_by_an_empty_one(tmp_path: Path, ruin: str
                 connection.commit()
         case "empty":
             database.write_bytes(b"")
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         assert cache.get_meta("b") is None
         cache.set_meta("a", 2)
         assert cache.get_meta("a") == 2
@@ -918,13 +917,13 @@ class Bomb:
 def test_a_pickle_in_the_database_is_never_loaded(tmp_path: Path) -> None:
     bomb = Bomb()
     target = Path(bomb.__reduce__()[1][0])
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         cache.set_meta("a", 1)
     with closing(sqlite3.connect(tmp_path / "c" / "meta" / "cache.db")) as connection:
         pickle_mode = 4
         connection.execute("UPDATE Cache SET mode = ?, value = ?, raw = 1", (pickle_mode, pickle.dumps(bomb)))
         connection.commit()
-    with closing(open_cache(tmp_path / "c")) as cache:
+    with cache_at(tmp_path / "c") as cache:
         assert cache.get_meta("a") is None
         assert not target.exists()
         cache.set_meta("a", 3)
@@ -1016,7 +1015,7 @@ def test_writes_racing_with_holes_and_discards_are_never_half_there(cache: Cache
 
 def test_opening_writing_and_evicting_at_once_keeps_the_limit_and_the_bytes(tmp_path: Path) -> None:
     limit = 40 * 12_288
-    with closing(open_cache(tmp_path / "c", limit=limit)) as cache:
+    with cache_at(tmp_path / "c", limit=limit) as cache:
 
         def work(seed: int) -> None:
             for step in range(120):
@@ -1028,7 +1027,8 @@ def test_opening_writing_and_evicting_at_once_keeps_the_limit_and_the_bytes(tmp_
                         put(item, data)
                     assert whole(item) == data
                 except CacheError as error:
-                    assert "fetch" in str(error)  # somebody else's eviction punched or closed it
+                    if "fetch" not in str(error):  # somebody else's eviction took its block
+                        raise
                 finally:
                     item.close()
                 # Every open object's table is there before its blocks have asked for room.
@@ -1038,5 +1038,5 @@ def test_opening_writing_and_evicting_at_once_keeps_the_limit_and_the_bytes(tmp_
         assert cache.metrics.value("modelfs_evicted_bytes_total") > 0
         used = cache.used()
     (tmp_path / "c" / "clean").unlink()
-    with closing(Cache(tmp_path / "c", metrics=Metrics())) as cache:
+    with cache_at(tmp_path / "c") as cache:
         assert cache.used() <= used
