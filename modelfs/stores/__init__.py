@@ -94,8 +94,10 @@ def scheme_of(url: str) -> str:
 def redact(url: str) -> str:
     """Return `url` without user name, password, query and fragment: fit for a message."""
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url) if "://" in url else None
     except ValueError:
+        parts = None
+    if parts is None:  # whatever is before an @ may be a password
         return url.partition("?")[0].rpartition("@")[2]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
