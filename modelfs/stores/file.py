@@ -159,10 +159,10 @@ def _look(file: Path, root: Path, path: str) -> Entry | Rejected:
             real = _real(file)
             if not real.is_relative_to(root):
                 return path, "the symbolic link leaves the directory"
-            status = real.stat()
+            link, status = status, real.stat()
             if stat.S_ISDIR(status.st_mode):
                 return Entry(
-                    path, kind="symlink", target=os.path.relpath(real, file.parent), mtime=status.st_mtime
+                    path, kind="symlink", target=os.path.relpath(real, file.parent), mtime=link.st_mtime
                 )
     except OSError as error:
         return path, _reason(error)
