@@ -177,6 +177,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Be silent: `Server.requests` is the log."""
 
+    def handle_expect_100(self) -> bool:
+        going_on = super().handle_expect_100()
+        self.wfile.flush()  # the client waits for it
+        return going_on
+
     def _serve(self) -> None:
         path, _, query = self.path.partition("?")
         names = " ".join(pair.partition("=")[0] for pair in query.split("&"))
