@@ -30,8 +30,8 @@ OUTSIDE = {"testing", "__main__"}
 # Only these modules may import these packages.
 ONLY_IN = {
     "pyfuse3": {"fuse/pyfuse.py"},
-    "boto3": {"stores/s3.py"},
-    "botocore": {"stores/s3.py"},
+    "boto3": {"stores/aws.py"},
+    "botocore": {"stores/aws.py"},
     "huggingface_hub": {"stores/hf.py"},
     "pycurl": {"fetch/client.py"},
     "diskcache": {"cache/meta.py"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 @contextmanager
-def scripted() -> Iterator[tuple[str, list[Answer]]]:
+def scripted(tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[Answer]]]:
     """Yield a URL and the list of answers to come; the last one is given for ever."""
     script: list[Answer] = []
 
@@ -35,12 +36,19 @@ def scripted() -> Iterator[tuple[str, list[Answer]]]:
 
         def log_message(self, format: str, *args: Any) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Be silent about clients that hang up, as those do that do not trust us."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", script
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}", script
     finally:
         server.shutdown()
         thread.join()
