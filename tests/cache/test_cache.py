@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from modelfs.cache import Cache, CacheObject
+from modelfs.cache import Cache, CacheObject, disk
 from modelfs.cache.index import Index
 from modelfs.errors import CacheError, CacheLocked, CacheUnusable
 from modelfs.types import BLOCK, Digest, Span
@@ -209,6 +209,7 @@ def test_a_clean_stop_keeps_everything_and_needs_no_check(tmp_path: Path) -> Non
         assert cache.cached_bytes("k", len(data)) == len(data)
         assert cache.cached_bytes("k", len(data) + 1) == 0
         item = cache.object("k", len(data))
+        assert not cache.usage().unclean_start
         assert item.unchecked == 0
         assert whole(item) == data
         item.close()
@@ -223,6 +224,7 @@ def test_after_a_crash_blocks_are_checked_before_they_are_served(tmp_path: Path)
     damage(data_file(image, "k"), BLOCK + 12345)
     with cache_at(image) as cache:
         assert cache.cached_bytes("k", len(data)) == len(data)
+        assert cache.usage().unclean_start
         item = cache.object("k", len(data))
         assert item.unchecked == 2
         assert item.read_now(Span(0, 10)) is None
@@ -780,6 +782,19 @@ def test_a_loan_outlives_eviction_and_discard(cache: Cache) -> None:
         loan.fileno()
 
 
+def test_a_bad_block_of_a_loan_is_dropped_without_a_hole(cache: Cache) -> None:
+    item = opened(cache, "k", content(BLOCK))
+    loan = item.lend()
+    damage(item.path, 77)
+    assert not item.check(0)
+    assert item.missing([0]) == [0]
+    assert os.pread(loan.fileno(), 50, 0) == content(50)
+    put(item, content(BLOCK))
+    assert os.pread(loan.fileno(), BLOCK, 0) == content(BLOCK)
+    loan.close()
+    item.close()
+
+
 # Digests
 
 
@@ -982,6 +997,47 @@ def test_a_read_racing_with_holes_never_returns_zeros(cache: Cache) -> None:
     assert served[0]
     assert whole(item) == data
     item.close()
+
+
+def test_bytes_whose_hole_was_punched_while_they_were_written_are_written_again(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = content(100_000)
+    item = cache.object("k", len(data))
+    write = disk.write
+
+    def overtaken(fd: int, view: memoryview, offset: int) -> None:
+        write(fd, view, offset)
+        monkeypatch.setattr(disk, "write", write)
+        put(item, data)
+        item.punch([0])
+
+    monkeypatch.setattr(disk, "write", overtaken)
+    item.write(0, data[:50_000])
+    assert item.read(Span(0, 50_000)) == data[:50_000]
+    item.close()
+
+
+def test_an_operation_that_outlives_its_object_leaves_the_next_one_alone(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = content(BLOCK)
+    late = opened(cache, "k", data)
+    crc = disk.crc
+    next_one: list[CacheObject] = []
+
+    def wrong_and_late(fd: int, span: Span) -> int:
+        late.close()
+        next_one.append(cache.object("k", BLOCK))
+        return crc(fd, span) ^ 1
+
+    monkeypatch.setattr(disk, "crc", wrong_and_late)
+    assert not late.check(0)
+    assert whole(next_one[0]) == data
+    next_one[0].close()
+    again = cache.object("k", BLOCK)
+    assert again.complete
+    again.close()
 
 
 def test_writes_racing_with_holes_and_discards_are_never_half_there(cache: Cache) -> None:
