@@ -228,21 +228,18 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_streaming_a_gigabyte_to_many_readers_takes_little_memory(place: Path, transport: str) -> None:
     file, size = place / "big.safetensors", 1 << 30
-    pattern, hasher = bytearray(noise(BLOCK, 9)), hashlib.sha256()
+    pattern = bytearray(noise(BLOCK, 9))
     with file.open("wb") as out:
         for number in range(size // BLOCK):
             pattern[:8] = number.to_bytes(8, "big")
             out.write(pattern)
-            hasher.update(pattern)
     with S3Server() as s3:
         s3.client().create_bucket(Bucket="big")
         s3.put_file("big", "model/big.safetensors", file)
-        file.unlink()
         sources = {"m": "s3://big/model/"}
         with mounted(place, sources=sources, env=s3.env(), transport=transport) as mount:
-            path = str(mount.path / "m" / "big.safetensors")
-            readers = [start("sha256sum", path) for _ in range(4)]
-            assert {line.split()[0] for line in outputs(readers)} == {hasher.hexdigest()}
+            shown = str(mount.path / "m" / "big.safetensors")
+            assert outputs([start("cmp", shown, str(file)) for _ in range(4)]) == [""] * 4
             status = mount.status()
             assert status["fetch"]["bytes"] == size
             memory = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{status['pid']}/status").read_text())

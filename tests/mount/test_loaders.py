@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,3 +145,59 @@ def test_another_user_loads_the_same_after_a_remount_without_the_store(
 
 def test_loading_again_asks_the_store_for_nothing(runs: Runs) -> None:
     assert runs.offline_requests == 0
+
+
+def test_no_byte_is_fetched_twice(runs: Runs, zoo: Path) -> None:
+    assert 0 < runs.fetched <= sum((zoo / file).stat().st_size for file in files_of(zoo))
+
+
+def test_a_file_that_is_opened_again_is_read_by_the_kernel_alone(
+    zoo: Path, place: Path, transport: str
+) -> None:
+    sources = {"bert": (zoo / "bert").as_uri()}
+    with mounted(place, "--allow-other", sources=sources, transport=transport) as mount:
+        file = str(mount.path / "bert" / "model.safetensors")
+        size = os.path.getsize(zoo / "bert" / "model.safetensors")
+        mount.run("cksum", file)
+        first = mount.status()["reads"]["bytes"]
+        assert first >= size
+        mount.run("cksum", file, user="nobody")
+        # The kernel may have given up a few pages; without keep_cache it gives up all.
+        assert mount.status()["reads"]["bytes"] - first < size / 10
+
+
+FAULT = """
+import hashlib, mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+print(hashlib.sha256(mapped[:4096]).hexdigest(), flush=True)
+sys.stdin.readline()
+print(hashlib.sha256(mapped[-4096:]).hexdigest(), flush=True)
+"""
+
+
+def test_a_page_fault_waits_for_a_store_that_comes_back(place: Path, transport: str) -> None:
+    data = random.Random(2).randbytes(96 << 20)
+    with S3Server() as server:
+        server.client().create_bucket(Bucket="slow")
+        (place / "file").write_bytes(data)
+        server.put_file("slow", "m/tensors.dat", place / "file")  # not fetched ahead as weights are
+        with mounted(place, sources={"m": "s3://slow/m/"}, env=server.env(), transport=transport) as mount:
+            command = [sys.executable, "-c", FAULT, str(mount.path / "m" / "tensors.dat")]
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as reader:
+                assert reader.stdout is not None
+                assert reader.stdout.readline().strip() == hashlib.sha256(data[:4096]).hexdigest()
+                server.stop()
+                assert reader.stdin is not None
+                reader.stdin.write("go\n")
+                reader.stdin.flush()
+                end = time.monotonic() + harness.DEADLINE
+                while not mount.status()["fetch"]["retries"]:
+                    assert time.monotonic() < end, "the daemon does not try again"
+                assert reader.poll() is None
+                server.start()
+                out, _ = reader.communicate(timeout=harness.DEADLINE)
+            assert out.strip() == hashlib.sha256(data[-4096:]).hexdigest()
+            assert reader.returncode == 0
