@@ -247,7 +247,6 @@ def _infer(file: Path) -> Loaded:
 
 
 LOADERS: list[Callable[[Path], Loaded]] = [
-    sentence_transformer,
     auto_model,
     auto_model_in_half_precision,
     auto_tokenizer,
@@ -257,6 +256,7 @@ LOADERS: list[Callable[[Path], Loaded]] = [
     classifier_from_legacy_pytorch_bin,
     pipeline,
     model_with_code_of_its_own,
+    sentence_transformer,
     torch_load,
     torch_load_mapped,
     torch_load_legacy,

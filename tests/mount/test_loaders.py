@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,7 @@ class Runs:
 def runs(request: pytest.FixtureRequest, zoo: Path, transport: str) -> Iterator[Runs]:
     with open_directory() as place, STORES[request.param](zoo) as store:
 
-        def mount() -> Iterator[Mounted]:
+        def mount() -> AbstractContextManager[Mounted]:
             return mounted(place, "--allow-other", sources=store.sources, env=store.env, transport=transport)
 
         with mount() as first_mount:
@@ -129,6 +130,11 @@ def runs(request: pytest.FixtureRequest, zoo: Path, transport: str) -> Iterator[
         with mount() as second_mount:
             second = load_all(second_mount.path, user="nobody")
             yield Runs(first, fetched, second, second_mount.requests())
+
+
+def test_the_page_about_loaders_names_every_loader_that_is_run() -> None:
+    page = (REPOSITORY / "docs" / "loaders.md").read_text()
+    assert re.findall(r"\| `(\w+)` \|$", page, re.MULTILINE) == NAMES
 
 
 @EVERY_LOADER
