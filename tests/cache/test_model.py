@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from modelfs.cache import Cache, CacheObject
 from modelfs.errors import CacheError
@@ -48,9 +49,11 @@ class CacheMachine(RuleBasedStateMachine):
     def directory(self) -> Path:
         return self.home / str(self.generation)
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(some=st.sets(BLOCKS))
+    def start(self, some: set[tuple[str, int]]) -> None:
         self.cache: Cache = open_cache(self.directory)
+        for which in sorted(some):
+            self.fetch(which)
 
     def teardown(self) -> None:
         self.close_all()
@@ -84,18 +87,30 @@ class CacheMachine(RuleBasedStateMachine):
         stop = span.start + len(span) * share // 100
         self.item(key).write(span.start, CONTENT[key][span.start : stop])
         assert self.item(key).covers(Span(span.start, stop))
+        if not self.item(key).has(block):
+            with contextlib.suppress(CacheError):  # unless earlier parts complete it
+                self.item(key).commit(block)
+                self.present.add(which)
+                self.damaged.discard(which)
 
     @rule(which=BLOCKS, first=st.integers(0, BLOCK), length=st.integers(0, 200_000), now=st.booleans())
-    def read(self, which: tuple[str, int], first: int, length: int, now: bool) -> None:
+    def read_somewhere(self, which: tuple[str, int], first: int, length: int, now: bool) -> None:
         key, block = which
         start = min(block * BLOCK + first, SIZES[key])
-        span = Span(start, min(start + length, SIZES[key]))
+        self.read(key, Span(start, min(start + length, SIZES[key])), now=now)
+
+    @rule(now=st.booleans())
+    def read_all_there_may_be(self, now: bool) -> None:
+        for key, block in sorted(self.present | self.damaged):
+            self.read(key, block_span(block, SIZES[key]), now=now)
+
+    def read(self, key: str, span: Span, *, now: bool) -> None:
         item = self.item(key)
-        blocks = {(key, each) for each in span.blocks()}
         if now:
             got = item.read_now(span)
             assert got is None or got == CONTENT[key][span.start : span.stop]
             return
+        blocks = {(key, block) for block in span.blocks()}
         try:
             data = item.read(span)
         except CacheError:
@@ -162,29 +177,44 @@ class CacheMachine(RuleBasedStateMachine):
         self.crash()
         self.cache = open_cache(self.directory)
 
-    @precondition(lambda self: self.present)
-    @rule(data=st.data(), what=st.sampled_from(["data", "record", "header", "table cut"]))
-    def crash_with_damage(self, data: st.DataObject, what: str) -> None:
-        key, block = which = data.draw(st.sampled_from(sorted(self.present)))
+    @rule(
+        which=BLOCKS,
+        what=st.sampled_from(["data", "data", "record", "header", "table cut"]),
+        where=st.floats(0, 1, exclude_max=True),
+        stop=st.booleans(),
+        look=st.booleans(),
+    )
+    def crash_with_damage(
+        self, which: tuple[str, int], what: str, where: float, stop: bool, look: bool
+    ) -> None:
+        key, block = which
+        self.fetch(which)
+        if which in self.damaged:
+            return
         self.crash()
         span = block_span(block, SIZES[key])
         table = table_file(self.directory, key)
         lost = {which}
         match what:
             case "data":
-                damage(data_file(self.directory, key), data.draw(st.integers(span.start, span.stop - 1)))
+                damage(data_file(self.directory, key), span.start + int(where * len(span)))
             case "record":
-                damage(table, 64 + 8 * block + data.draw(st.integers(0, 7)))
+                damage(table, 64 + 8 * block + int(where * 8))
             case "header":
-                damage(table, data.draw(st.integers(0, 63)))
+                damage(table, int(where * 64))
                 lost = {each for each in EVERY_BLOCK if each[0] == key}
             case "table cut":
                 with table.open("r+b") as file:
-                    file.truncate(64 + 8 * block + data.draw(st.integers(0, 7)))
+                    file.truncate(64 + 8 * block + int(where * 8))
                 lost = {each for each in EVERY_BLOCK if each[0] == key and each[1] >= block}
         self.damaged |= lost & self.present
         self.present -= lost
         self.cache = open_cache(self.directory)
+        if stop:  # open it, look at nothing, and stop cleanly: the damage must not become trusted
+            self.item(key)
+            self.stop_and_start(close_first=True)
+        if look:
+            self.read_all_there_may_be(now=False)
 
     def crash(self) -> None:
         """Go on with what a SIGKILL would leave now."""
@@ -223,7 +253,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=30,
+    max_examples=60,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,
