@@ -44,6 +44,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.damaged: set[tuple[str, int]] = set()
         self.pinned: set[str] = set()
         self.open: dict[str, CacheObject] = {}
+        self.cache: Cache = open_cache(self.directory)
 
     @property
     def directory(self) -> Path:
@@ -51,7 +52,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(some=st.sets(BLOCKS))
     def start(self, some: set[tuple[str, int]]) -> None:
-        self.cache: Cache = open_cache(self.directory)
         for which in sorted(some):
             self.fetch(which)
 
@@ -227,8 +227,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_must_be_there_is_there(self) -> None:
-        if not hasattr(self, "cache"):
-            return
         for key, item in self.open.items():
             has = {(key, block) for block in range(block_count(SIZES[key])) if item.has(block)}
             must = {each for each in self.present if each[0] == key}
@@ -240,8 +238,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_numbers_add_up(self) -> None:
-        if not hasattr(self, "cache"):
-            return
         for key, size in SIZES.items():
             must, may = (
                 sum(len(block_span(block, size)) for each, block in blocks if each == key)
