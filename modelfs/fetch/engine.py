@@ -124,6 +124,7 @@ class Fetcher:
         self._deadline = read_deadline
         self._downloads: OrderedDict[str, Download] = OrderedDict()
         self._active = 0
+        self._closing = False
         self._disk_paused_until = -math.inf
         self._memory: OrderedDict[tuple[str, int], Flight] = OrderedDict()
         self._memory_slots = trio.Semaphore(MEMORY_BLOCKS)
@@ -307,7 +308,7 @@ class Fetcher:
                     self._downloads.move_to_end(key)
 
     def _room(self, priority: Priority) -> int:
-        return self._connections - RESERVED[priority] - self._active
+        return 0 if self._closing else self._connections - RESERVED[priority] - self._active
 
     def _start_steps(self, download: Download, priority: Priority) -> bool:
         """Start what `download` needs at `priority` or more urgently; return whether anything started."""
@@ -345,6 +346,9 @@ class Fetcher:
             download.paused_until = trio.current_time() + PREFETCH_PAUSE
             level = logging.WARNING if download.demand else logging.INFO
             log.log(level, "%s: %s: %s", download.source.url, download.entry.path, error)
+        except trio.Cancelled:
+            self._closing = True  # not by the flight's own scope: all flights end, none may begin
+            raise
         finally:
             flight.finished = True
             self._active -= 1

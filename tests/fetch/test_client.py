@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import shutil
 import socket
@@ -327,15 +328,25 @@ def test_no_more_than_the_given_connections_are_open() -> None:
     assert server.accepted == 2
 
 
-def test_many_hosts_share_few_connections() -> None:
-    async def use(client: RangeClient) -> None:
-        for server in servers * 2:
-            await client.fetch(Location(server.url), SPAN, SIZE, Basket())
+def test_many_hosts_do_not_pile_up_idle_connections() -> None:
+    hung_up = threading.Event()
 
-    servers = [Server(GOOD) for _ in range(4)]
-    with servers[0], servers[1], servers[2], servers[3]:
-        run(use, connections=2)
-    assert [len(server.requests) for server in servers] == [2, 2, 2, 2]
+    def until_hung_up(connection: socket.socket, request: object) -> None:
+        if connection.recv(1) == b"":
+            hung_up.set()
+
+    async def use(client: RangeClient) -> None:
+        for server in servers:
+            basket = Basket()
+            await client.fetch(Location(server.url), SPAN, SIZE, basket)
+            assert basket.data == CONTENT[SPAN.start : SPAN.stop]
+        assert await trio.to_thread.run_sync(hung_up.wait, 10)  # while the client is still open
+
+    servers = [Server(then(GOOD, until_hung_up)), *(Server(GOOD) for _ in range(9))]
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.enter_context(server)
+        run(use, connections=1)
 
 
 def test_close_leaves_running_transfers_alone_and_ends_their_connections_later() -> None:
@@ -457,6 +468,7 @@ def _range_of(message: bytes) -> str:
         (part(CONTENT, SPAN.start, SPAN.stop, content_type="multipart/byteranges; boundary=x"), BadAnswer),
         (part(CONTENT, SPAN.start, SPAN.stop, content_length=str(len(SPAN) + 1)), BadAnswer),
         (part(CONTENT, SPAN.start, SPAN.stop, content_length=None) + b"x", BadAnswer),
+        (part(CONTENT, SPAN.start, SPAN.stop, content_length=None)[:-1], BadAnswer),
         (answer(200, CONTENT + b"x"), Stale),
         (answer(200, CONTENT[:-1]), Stale),
         (answer(200, CONTENT + b"x", content_length=None), BadAnswer),
@@ -821,26 +833,34 @@ def test_cancelled_before_it_starts_it_asks_nobody() -> None:
 
 def test_cancelling_waits_for_a_sink_that_is_at_work() -> None:
     at_work, go_on = threading.Event(), threading.Event()
-    finished: list[bool] = []
+    happened: list[str] = []
 
     def work() -> None:
         at_work.set()
         go_on.wait(10)
-        finished.append(True)
+        happened.append("the sink is done")
 
     async def use(client: RangeClient) -> None:
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(client.fetch, Location(server.url), SPAN, SIZE, basket)
-                await trio.to_thread.run_sync(at_work.wait)
-                scope.cancel()
-                trio.lowlevel.current_trio_token().run_sync_soon(go_on.set)
-        assert finished == [True]
+        async def cancelled_fetch(scope: trio.CancelScope) -> None:
+            with scope:
+                await client.fetch(Location(server.url), SPAN, SIZE, basket)
+            happened.append("fetch returned")
+
+        scope = trio.CancelScope()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancelled_fetch, scope)
+            await trio.to_thread.run_sync(at_work.wait)
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            assert happened == []
+            go_on.set()
+        assert happened == ["the sink is done", "fetch returned"]
+        assert scope.cancelled_caught
 
     basket = Basket(on_write=work)
     with Server(then(GOOD[:-1], silence)) as server:
         run(use)
-    assert finished == [True]
+    assert len(happened) == 2
 
 
 # Counting.

@@ -1,0 +1,450 @@
+"""The fetch path against a real origin: single flight, streaming, recovery, digests, a broken cache disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from modelfs.cache import Cache
+from modelfs.errors import AccessDenied, Corrupt, Expired, Stale, Unavailable
+from modelfs.fetch.client import RangeClient
+from modelfs.fetch.engine import Fetcher
+from modelfs.fetch.source import Source
+from modelfs.metrics import Metrics
+from modelfs.types import BLOCK, Digest, Entry, Location, Snapshot
+from tests.origin import Origin, etag
+
+MIB = 1024 * 1024
+
+
+def noise(size: int, seed: int = 1) -> bytes:
+    source = random.Random(seed)
+    pieces = [source.randbytes(min(MIB, size - start)) for start in range(0, size, MIB)]
+    return b"".join(pieces)
+
+
+class OriginStore:
+    """The store of an `Origin`: pins ETags, counts how often it is asked where things are."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.url = origin.url
+        self.located = 0
+        self.refusals: list[Exception] = []
+        self.expires: float | None = None
+
+    async def snapshot(self) -> Snapshot:
+        return Snapshot.of(self.url, "", [await self.entry(path) for path in self.origin.files])
+
+    async def entry(self, path: str) -> Entry:
+        data = self.origin.files[path]
+        digest = Digest.parse(f"sha256:{self.origin.digests[path]}") if path in self.origin.digests else None
+        return Entry(path, len(data), etag(data), digest)
+
+    async def locate(self, entry: Entry) -> Location:
+        self.located += 1
+        if self.refusals:
+            raise self.refusals.pop(0)
+        return Location(self.url + entry.path, etag=entry.version, expires=self.expires)
+
+
+class Rig:
+    """A fetch path over one origin."""
+
+    def __init__(self, fetcher: Fetcher, store: OriginStore, cache: Cache, metrics: Metrics) -> None:
+        self.fetcher = fetcher
+        self.store = store
+        self.origin = store.origin
+        self.source = Source(store, metrics)
+        self.cache = cache
+        self.metrics = metrics
+
+    async def open(self, path: str) -> Any:
+        return await self.fetcher.open(self.source, await self.store.entry(path))
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        """Wait until something that happens in other tasks and threads has happened."""
+        with trio.fail_after(30):
+            while not true():  # noqa: ASYNC110  # bytes arrive in threads that tell nobody
+                await trio.sleep(0.01)
+
+    def fetched(self) -> int:
+        return int(self.metrics.value("modelfs_fetched_bytes_total"))
+
+
+@asynccontextmanager
+async def rig(
+    directory: Path, origin: Origin, *, deadline: float = 60.0, limit: int | None = None
+) -> AsyncIterator[Rig]:
+    metrics = Metrics()
+    cache = Cache(directory, limit=limit, min_free=0, metrics=metrics)
+    client = RangeClient(metrics=metrics)
+    try:
+        async with trio.open_nursery() as nursery:
+            fetcher = Fetcher(nursery, cache, client, metrics, read_deadline=deadline)
+            yield Rig(fetcher, OriginStore(origin), cache, metrics)
+            nursery.cancel_scope.cancel()
+    finally:
+        client.close()
+        cache.close()
+
+
+def against(origin: Origin, directory: Path, test: Callable[[Rig], Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        async with rig(directory, origin, **options) as own:
+            with trio.fail_after(60):
+                await test(own)
+
+    trio.run(main)
+
+
+async def attempt(call: Awaitable[bytes]) -> bytes | Corrupt:
+    try:
+        return await call
+    except Corrupt as error:
+        return error
+
+
+def test_readers_of_one_block_share_one_request(tmp_path: Path) -> None:
+    data = noise(BLOCK)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        got: list[bytes] = []
+
+        async def read(start: int) -> None:
+            got.append(await reader.read(start, 100))
+
+        async with trio.open_nursery() as nursery:
+            for start in [0] * 20 + [5000] * 20:
+                nursery.start_soon(read, start)
+        assert sorted(got) == sorted([data[:100]] * 20 + [data[5000:5100]] * 20)
+        assert rig.fetched() == BLOCK
+        assert len(rig.origin.contents()) == 1
+
+    with Origin({"x.dat": data}) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_a_reader_is_served_as_soon_as_its_bytes_arrived(tmp_path: Path) -> None:
+    data = noise(2 * BLOCK)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        assert await reader.read(0, 1000) == data[:1000]
+        assert rig.fetched() < BLOCK
+        rig.origin.held["x.dat"][1].set()
+        assert await reader.read(BLOCK - 10, 20) == data[BLOCK - 10 : BLOCK + 10]
+
+    with Origin({"x.dat": data}) as origin:
+        origin.held["x.dat"] = (2 * MIB, threading.Event())
+        against(origin, tmp_path, test)
+
+
+def test_a_block_wanted_from_its_middle_is_fetched_from_there(tmp_path: Path) -> None:
+    data = noise(BLOCK)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        assert await reader.read(6 * MIB + 5, 1000) == data[6 * MIB + 5 : 6 * MIB + 1005]
+        assert rig.origin.contents()[0][2] == f"bytes={6 * MIB}-{BLOCK - 1}"
+        assert await reader.read(0, BLOCK) == data
+        assert rig.fetched() == BLOCK
+
+    with Origin({"x.dat": data}) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_a_look_into_a_large_file_fetches_its_block_only(tmp_path: Path) -> None:
+    data = noise(10 * BLOCK)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        await reader.read(5 * BLOCK, 100 * 1024)
+        await reader.read(5 * BLOCK, BLOCK)
+        assert rig.fetched() <= 2 * BLOCK
+
+    with Origin({"x.dat": data}) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_a_weight_file_is_fetched_whole_from_open(tmp_path: Path) -> None:
+    data = noise(5 * BLOCK + 3)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.safetensors")
+        await reader.read(0, 10)
+        await rig.until(lambda: rig.fetched() == len(data))
+        before = len(rig.origin.contents())
+        assert await reader.read(0, len(data)) == data
+        assert len(rig.origin.contents()) == before
+
+    with Origin({"x.safetensors": data}) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_prefetch_ends_with_the_last_reader(tmp_path: Path) -> None:
+    data = noise(40 * BLOCK)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.bin")
+        await reader.read(0, 10)
+        reader.close()
+        await rig.until(lambda: not rig.fetcher.in_flight)
+        assert rig.fetched() < len(data)
+
+    with Origin({"x.bin": data}) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_many_readers_at_distant_offsets_get_their_bytes(tmp_path: Path) -> None:
+    data = noise(12 * BLOCK + 77)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+
+        async def stream(start: int, stop: int) -> None:
+            for offset in range(start, stop, 300_001):
+                size = min(300_001, stop - offset)
+                assert await reader.read(offset, size) == data[offset : offset + size]
+
+        async with trio.open_nursery() as nursery:
+            for n in range(8):
+                nursery.start_soon(stream, n * len(data) // 8, (n + 1) * len(data) // 8)
+        assert rig.fetched() == len(data)
+
+    with Origin({"x.dat": data}) as origin:
+        against(origin, tmp_path, test)
+
+
+@pytest.mark.parametrize("name", ["x.dat", "x.bin"])
+def test_a_store_that_ignores_ranges_is_read_once(tmp_path: Path, name: str) -> None:
+    data = noise(6 * BLOCK + 5)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open(name)
+        rig.origin.ranges = False
+        got: dict[int, bytes] = {}
+
+        async def read(start: int) -> None:
+            got[start] = await reader.read(start, 1000)
+
+        async with trio.open_nursery() as nursery:
+            for start in (5 * BLOCK, 0, 3 * BLOCK - 500):
+                nursery.start_soon(read, start)
+        assert got == {start: data[start : start + 1000] for start in got}
+        assert await reader.read(0, len(data)) == data
+        complete = rig.fetched()
+        assert await reader.read(0, len(data)) == data
+        assert rig.fetched() == complete
+
+    with Origin({name: data}) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_what_a_retry_can_help_is_retried(tmp_path: Path) -> None:
+    data = noise(1000)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        assert await reader.read(0, 1000) == data
+        assert rig.metrics.value("modelfs_store_retries_total") == 3
+
+    with Origin({"x.dat": data}) as origin:
+        origin.faults["x.dat"] = [503, 500, 429]
+        against(origin, tmp_path, test)
+
+
+def test_an_expired_signature_is_renewed(tmp_path: Path) -> None:
+    data = noise(1000)
+
+    async def test(rig: Rig) -> None:
+        rig.store.expires = 4e9
+        reader = await rig.open("x.dat")
+        assert await reader.read(0, 1000) == data
+        assert rig.store.located == 2
+
+    with Origin({"x.dat": data}) as origin:
+        origin.faults["x.dat"] = [403]
+        against(origin, tmp_path, test)
+
+
+def test_a_store_that_refuses_every_signature_is_access_denied(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        rig.store.expires = 4e9
+        reader = await rig.open("x.dat")
+        with pytest.raises(AccessDenied):
+            await reader.read(0, 1000)
+
+    with Origin({"x.dat": noise(1000)}) as origin:
+        origin.faults["x.dat"] = [403] * 10
+        against(origin, tmp_path, test)
+
+
+def test_a_failing_control_plane_is_retried_too(tmp_path: Path) -> None:
+    data = noise(1000)
+
+    async def test(rig: Rig) -> None:
+        rig.store.refusals = [Unavailable("busy"), Expired("token")]
+        reader = await rig.open("x.dat")
+        assert await reader.read(0, 1000) == data
+
+    with Origin({"x.dat": data}) as origin:
+        against(origin, tmp_path, test)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[::-1], lambda data: data + b"x", None])
+def test_bytes_that_changed_or_went_are_stale(tmp_path: Path, change: Any) -> None:
+    data = noise(1000)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        if change is None:
+            del rig.origin.files["x.dat"]
+        else:
+            rig.origin.files["x.dat"] = change(data)
+        with pytest.raises(Stale):
+            await reader.read(0, 1000)
+
+    with Origin({"x.dat": data}) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_a_silent_store_is_an_error_after_the_deadline(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        with pytest.raises(Unavailable, match="did not arrive within 1 s"):
+            await reader.read(0, 1000)
+        rig.origin.silence_over.set()
+
+    with Origin({"x.dat": noise(1000)}) as origin:
+        origin.silent.set()
+        against(origin, tmp_path, test, deadline=1.0)
+
+
+def test_a_reader_that_gives_up_leaves_the_others_alone(tmp_path: Path) -> None:
+    data = noise(BLOCK)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        got: list[bytes] = []
+
+        async def patient() -> None:
+            got.append(await reader.read(BLOCK - 100, 100))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(patient)
+            with trio.move_on_after(0.05):
+                await reader.read(BLOCK - 100, 100)
+            rig.origin.held["x.dat"][1].set()
+        assert got == [data[-100:]]
+
+    with Origin({"x.dat": data}) as origin:
+        origin.held["x.dat"] = (0, threading.Event())
+        against(origin, tmp_path, test)
+
+
+@pytest.mark.parametrize("size", [1000, 2 * BLOCK + 9])
+def test_wrong_bytes_are_never_read_to_their_end(tmp_path: Path, size: int) -> None:
+    data = noise(size)
+
+    async def test(rig: Rig) -> None:
+        entry = await rig.store.entry("x.bin")
+        reader = await rig.open("x.bin")
+        got = 0
+        while not isinstance(outcome := await attempt(reader.read(got, MIB)), Corrupt):
+            got += len(outcome)
+            assert got < size
+        with pytest.raises(Corrupt):
+            await reader.read(0, 10)
+        assert rig.cache.cached_bytes(rig.source.key(entry), size) == 0
+        assert not rig.fetcher.keeps_pages(rig.source, entry)
+        reader.close()
+
+    with Origin({"x.bin": data}) as origin:
+        origin.digests["x.bin"] = hashlib.sha256(b"other").hexdigest()
+        against(origin, tmp_path, test)
+
+
+def test_right_bytes_are_verified_once_and_for_all(tmp_path: Path) -> None:
+    data = noise(2 * BLOCK + 9)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.bin")
+        assert await reader.read(0, len(data)) == data
+        assert rig.metrics.value("modelfs_verified_objects_total", result="match") == 1
+        reader.close()
+        again = await rig.open("x.bin")
+        assert await again.read(0, len(data)) == data
+        assert rig.metrics.value("modelfs_verified_objects_total") == 1
+
+    with Origin({"x.bin": data}) as origin:
+        origin.digests["x.bin"] = hashlib.sha256(data).hexdigest()
+        against(origin, tmp_path, test)
+
+
+def test_equal_digests_are_one_object_whatever_the_path(tmp_path: Path) -> None:
+    data = noise(BLOCK)
+
+    async def test(rig: Rig) -> None:
+        for path in ("a.bin", "b.bin"):
+            reader = await rig.open(path)
+            assert await reader.read(0, len(data)) == data
+            reader.close()
+        assert rig.fetched() == len(data)
+
+    with Origin({"a.bin": data, "b.bin": data}) as origin:
+        origin.digests = dict.fromkeys(("a.bin", "b.bin"), hashlib.sha256(data).hexdigest())
+        against(origin, tmp_path, test)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_without_room_in_the_cache_readers_are_streamed_to(tmp_path: Path, ranges: bool) -> None:
+    data = noise(6 * BLOCK + 100)
+
+    async def test(rig: Rig) -> None:
+        rig.origin.ranges = ranges
+        reader = await rig.open("x.dat")
+        for offset in range(0, len(data), MIB):
+            assert await reader.read(offset, MIB) == data[offset : offset + MIB]
+
+    with Origin({"x.dat": data}) as origin:
+        # No room for a single block: nothing can be cached.
+        against(origin, tmp_path, test, limit=BLOCK // 2)
+
+
+def test_an_object_larger_than_the_cache_is_read_through_it(tmp_path: Path) -> None:
+    data = noise(10 * BLOCK)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.bin")
+        for _ in range(2):
+            for offset in range(0, len(data), MIB):
+                assert await reader.read(offset, MIB) == data[offset : offset + MIB]
+        assert rig.cache.used() <= 3 * BLOCK + MIB
+
+    with Origin({"x.bin": data}) as origin:
+        against(origin, tmp_path, test, limit=3 * BLOCK + MIB)
+
+
+def test_a_vanished_cache_directory_is_streaming_not_an_error(tmp_path: Path) -> None:
+    data = noise(3 * BLOCK)
+
+    async def test(rig: Rig) -> None:
+        os.rename(tmp_path / "cache", tmp_path / "gone")
+        reader = await rig.open("x.dat")
+        for offset in range(0, len(data), MIB):
+            assert await reader.read(offset, MIB) == data[offset : offset + MIB]
+        reader.close()
+
+    with Origin({"x.dat": data}) as origin:
+        against(origin, tmp_path / "cache", test)
