@@ -128,7 +128,7 @@ def test_readers_of_one_block_share_one_request(tmp_path: Path) -> None:
             for start in [0] * 20 + [5000] * 20:
                 nursery.start_soon(read, start)
         assert sorted(got) == sorted([data[:100]] * 20 + [data[5000:5100]] * 20)
-        assert rig.fetched() == BLOCK
+        await rig.until(lambda: rig.fetched() == BLOCK)
         assert len(rig.origin.contents()) == 1
 
     with Origin({"x.dat": data}) as origin:
