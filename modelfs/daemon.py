@@ -22,7 +22,7 @@ from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
 from modelfs.fuse import mountpoint
 from modelfs.fuse.operations import Operations
-from modelfs.fuse.pyfuse import Transport
+from modelfs.fuse.transport import Transport, connect
 from modelfs.fuse.tuning import tune
 from modelfs.metrics import Metrics
 from modelfs.tree import Change, Tree
@@ -98,6 +98,7 @@ class Daemon:
         self._started = time.time()
         self._stopping = trio.Event()
         self._transport: Transport | None = None
+        self._why = ""
         self._fetcher = Fetcher(
             nursery,
             cache,
@@ -129,8 +130,21 @@ class Daemon:
             self._catalog.add_namespace(namespace)
         await self._catalog.start(self._nursery, keep_going=settings.keep_going)
         operations = Operations(self._tree, self._catalog, self.metrics)
-        self._transport = Transport(operations, self._place, allow_other=settings.allow_other)
-        log.info("mounted on %s by pyfuse3, modelfs %s, pid %d", self._place, __version__, os.getpid())
+        self._transport, self._why = connect(
+            settings.transport,
+            operations,
+            self._place,
+            allow_other=settings.allow_other,
+            cache=self._cache.directory,
+        )
+        log.info(
+            "mounted on %s by %s (%s), modelfs %s, pid %d",
+            self._place,
+            self._transport.name,
+            self._why,
+            __version__,
+            os.getpid(),
+        )
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
@@ -190,7 +204,11 @@ class Daemon:
             "pid": os.getpid(),
             "mountpoint": str(self._place),
             "started": self._started,
-            "transport": {"name": Transport.name, "why": _why(settings.transport)},
+            "transport": {
+                "name": self._transport.name if self._transport else None,
+                "passthrough": self._transport is not None and self._transport.passthrough,
+                "why": self._why,
+            },
             "config": str(settings.source_file) if settings.source_file else None,
             "log": str(settings.log_file) if settings.log_file else None,
             "models": [self._catalog.report(model) for model in self._catalog.models.values()],
@@ -229,10 +247,6 @@ class Daemon:
                     kind = sample.labels["kind"]
                     kinds[kind] = kinds.get(kind, 0) + int(sample.value)
         return kinds
-
-
-def _why(wanted: str) -> str:
-    return "asked for" if wanted == Transport.name else "the transport that works on every kernel"
 
 
 def _rss() -> int:

@@ -374,7 +374,7 @@ WRONG: Mapping[str, tuple[str | bytes, str]] = {
     "deadline": ("read_deadline: 0\n", r"modelfs\.yaml:1: read_deadline: a deadline of 0"),
     "transport": (
         "transport: pyfuse\n",
-        r"transport: 'pyfuse' is not one of auto, pyfuse3; did you mean 'pyfuse3'",
+        r"transport: 'pyfuse' is not one of auto, kernel, pyfuse3; did you mean 'pyfuse3'",
     ),
     "boolean": ("allow_other: maybe\n", r"allow_other: 'maybe' is neither true nor false"),
     "many connections": ("connections: 257\n", r"connections: '257' is not a whole number"),

@@ -121,7 +121,7 @@ def mount(
     ] = None,
     cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Directory of the cache.")] = None,
     cache_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Its limit, like 50GiB.")] = None,
-    transport: Annotated[str | None, typer.Option(metavar="auto|pyfuse3", help="How to mount.")] = None,
+    transport: Annotated[str | None, typer.Option(metavar="auto|kernel|pyfuse3", help="How to.")] = None,
     allow_other: Annotated[
         bool | None, typer.Option("--allow-other/--no-allow-other", help="Let other users read the mount.")
     ] = None,

@@ -139,7 +139,7 @@ class Settings:
     models: tuple[ModelSettings, ...]
     namespaces: tuple[str, ...]
     store_options: StoreOptions = field(repr=False)
-    transport: Literal["auto", "pyfuse3"]
+    transport: Literal["auto", "kernel", "pyfuse3"]
     allow_other: bool
     refresh: float
     read_deadline: float
@@ -203,7 +203,7 @@ KEYS: tuple[Key, ...] = (
     Key("cache.size", parse_cache_size, 50 * 1024**3, "limit of the cached content"),
     Key("cache.min_free", parse_share, 0.05, "what stays free on the cache's disk"),
     Key("namespaces", choices(*NAMESPACES), None, "on-demand namespaces to offer"),
-    Key("transport", choice("auto", "pyfuse3"), "auto", "how requests reach us from the kernel"),
+    Key("transport", choice("auto", "kernel", "pyfuse3"), "auto", "how requests reach us from the kernel"),
     Key("allow_other", parse_boolean, False, "let other users read the mount"),
     Key("refresh", parse_duration, 60.0, "time between two looks for new revisions; 0 = never"),
     Key("read_deadline", parse_deadline, 300.0, "a read that gets no bytes for so long fails"),

@@ -87,6 +87,7 @@ class Download:
         self.error: Corrupt | None = None
         self.verifier: Verifier | None = None
         self.verifying = False
+        self.checking = False
         self.closed = False
         self._changed = trio.lowlevel.ParkingLot()
 

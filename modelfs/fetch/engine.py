@@ -38,7 +38,7 @@ from functools import partial
 
 import trio
 
-from modelfs.cache import Cache, CacheObject
+from modelfs.cache import Cache, CacheObject, Loan
 from modelfs.errors import CacheError, Corrupt, ModelfsError
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.download import GRAIN, PER_OBJECT, Download, Flight
@@ -61,6 +61,12 @@ MEMORY_BLOCKS = 4
 
 DISK_PAUSE = 30.0
 """Seconds for which a cache disk that failed is not tried again."""
+
+COMPLETED = 16 * 1024 * 1024
+"""Bytes up to which content is completed before it is lent: its readers never need the daemon again."""
+
+COMPLETING = 20.0
+"""Seconds for which a loan waits for content to be completed; without it the reader waits in its reads."""
 
 PREFETCH_PAUSE = 15.0
 """Seconds for which an object is not prefetched after a block of it failed."""
@@ -85,6 +91,19 @@ class Reader:
 
         """
         return await self._fetcher.read(self._download, start, size)
+
+    def read_now(self, start: int, size: int) -> Buffer | None:
+        """Do `read` if the bytes are in memory or the page cache, else return None."""
+        return self._fetcher.read_now(self._download, start, size)
+
+    async def lend(self) -> Loan | None:
+        """Return the data file for somebody who reads it without us, or None if that cannot be now.
+
+        It can once the content is complete, checked and verified. Content of up to `COMPLETED` bytes is
+        brought there first, for at most `COMPLETING` seconds; of larger content what is there is checked in
+        the background. Who gets a loan closes it, in a thread.
+        """
+        return await self._fetcher.lend(self._download)
 
     def close(self) -> None:
         """Let go; prefetching ends with the last reader of the object."""
@@ -184,7 +203,8 @@ class Fetcher:
             self._retire(download)
 
     def _retire(self, download: Download) -> None:
-        if download.readers or download.flights or download.verifying or download.closed:
+        busy = download.flights or download.verifying or download.checking
+        if download.readers or busy or download.closed:
             return
         download.closed = True
         key = download.object.key
@@ -196,22 +216,75 @@ class Fetcher:
 
     async def read(self, download: Download, start: int, size: int) -> Buffer:
         """Return the bytes ``[start, start + size)`` of `download`; see :meth:`Reader.read`."""
-        end = download.entry.size
-        span = Span(min(start, end), min(start + size, end))
+        data = self.read_now(download, start, size)
+        if data is None:
+            span = _within(download, start, size)
+            hit = download.serves(span)
+            self._advance(download, span)
+            data = await self._read_waiting(download, span)
+            self._served(download, len(data), hit=hit)
+        return data
+
+    def read_now(self, download: Download, start: int, size: int) -> Buffer | None:
+        """Return the bytes ``[start, start + size)`` of `download`, or None if that needs waiting."""
+        span = _within(download, start, size)
         if not span:
             return b""
-        cached = download.object
-        if not cached.complete:
-            download.streams = advance(download.streams, span)
-        hit = download.serves(span)
-        data: Buffer | None = cached.read_now(span) if hit and not download.error else None
-        if data is None:
-            data = await self._read_waiting(download, span)
-        self._metrics.read_bytes.inc(len(data))
-        if hit:
-            self._metrics.hit_bytes.inc(len(data))
-        self.pump_for(download)
+        if download.error or not download.serves(span):
+            return None
+        data = download.object.read_now(span)
+        if data is not None:
+            self._advance(download, span)
+            self._served(download, len(data), hit=True)
         return data
+
+    def _advance(self, download: Download, span: Span) -> None:
+        if not download.object.complete:
+            download.streams = advance(download.streams, span)
+
+    def _served(self, download: Download, count: int, *, hit: bool) -> None:
+        self._metrics.read_bytes.inc(count)
+        if hit:
+            self._metrics.hit_bytes.inc(count)
+        self.pump_for(download)
+
+    async def lend(self, download: Download) -> Loan | None:
+        """Return the data file of `download`, or None; see :meth:`Reader.lend`."""
+        cached, small = download.object, download.entry.size <= COMPLETED
+        if small and not cached.complete:
+            with trio.move_on_after(COMPLETING):
+                try:
+                    await self._arrival(download, Span(0, download.entry.size))
+                    while download.flights:  # what has arrived becomes part of the cache
+                        await download.changed()
+                except ModelfsError as error:
+                    log.info("%s: not completed at open: %s", download.entry.path, error)
+        if not cached.complete or download.error:
+            return None
+        if cached.unchecked:
+            if not small:
+                self._start_checking(download)
+                return None
+            await self._check(download)
+        if download.digest is not None and not cached.verified:
+            return None
+        try:
+            return await trio.to_thread.run_sync(cached.lend, limiter=self._disk)
+        except CacheError as error:
+            log.info("%s: read through the daemon: %s", download.entry.path, error)
+            return None
+
+    def _start_checking(self, download: Download) -> None:
+        if not download.checking:
+            download.checking = True
+            self._nursery.start_soon(self._check, download)
+
+    async def _check(self, download: Download) -> None:
+        """Compare what an unclean stop left with its checksums, so that it can be lent."""
+        for block in download.blocks:
+            await trio.to_thread.run_sync(download.object.check, block, limiter=self._disk)
+        download.checking = False
+        self._retire(download)
 
     async def _read_waiting(self, download: Download, span: Span) -> Buffer:
         """Return the bytes of `span` once they are there, waiting for the disk and the store."""
@@ -424,3 +497,8 @@ class Fetcher:
         log.error("%s", download.error)
         self._tainted.add(download.object.key)
         await trio.to_thread.run_sync(download.object.discard, limiter=self._disk)
+
+
+def _within(download: Download, start: int, size: int) -> Span:
+    end = download.entry.size
+    return Span(min(start, end), min(start + size, end))

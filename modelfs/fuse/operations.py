@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from modelfs.cache import Loan
 from modelfs.catalog import Catalog
 from modelfs.errors import ModelfsError
 from modelfs.fetch.engine import Buffer, Reader
@@ -66,30 +67,41 @@ class Listed:
 
 
 def answering(
+    operation: Callable[Concatenate[Operations, P], T],
+) -> Callable[Concatenate[Operations, P], T]:
+    """Return `operation` with every exception turned into the OSError that the kernel gets."""
+
+    @functools.wraps(operation)
+    def guarded(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return operation(self, *args, **kwargs)
+        except Exception as error:
+            raise self.answer_to(error, operation.__name__) from error
+
+    return guarded
+
+
+def answering_later(
     operation: Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
-    """Return `operation` with every exception turned into the OSError that the kernel gets."""
+    """Return `operation`, which may wait, with every exception turned into such an OSError too."""
 
     @functools.wraps(operation)
     async def guarded(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await operation(self, *args, **kwargs)
-        except OSError as error:
-            raise OSError(error.errno or errno.EIO, str(error)) from error
-        except ModelfsError as error:
-            self.metrics.read_errors.labels(type(error).__name__).inc()
-            log.warning("%s: %s", operation.__name__, error)
-            raise OSError(error.errno, str(error)) from error
         except Exception as error:
-            self.metrics.read_errors.labels(type(error).__name__).inc()
-            log.exception("%s failed", operation.__name__)
-            raise OSError(errno.EIO, "internal error") from error
+            raise self.answer_to(error, operation.__name__) from error
 
     return guarded
 
 
 class Operations:
-    """The operations of one mount; all belong to the trio thread."""
+    """The operations of one mount; all belong to the trio thread.
+
+    Those that are plain functions never wait. `lookup`, `open`, `read` and `lend` may wait for a store or a
+    disk; `lookup_now` and `read_now` are the same without waiting, for transports that can make use of it.
+    """
 
     def __init__(self, tree: Tree, catalog: Catalog, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -99,6 +111,17 @@ class Operations:
         self._listings: dict[int, list[tuple[str, Node]]] = {}
         self._numbers = count(1)
         self.owner = (os.getuid(), os.getgid())
+
+    def answer_to(self, error: Exception, operation: str) -> OSError:
+        """Return what the kernel gets for `error`; count and log what is more than an answer."""
+        if isinstance(error, OSError):
+            return OSError(error.errno or errno.EIO, str(error))
+        self.metrics.read_errors.labels(type(error).__name__).inc()
+        if isinstance(error, ModelfsError):
+            log.warning("%s: %s", operation, error)
+            return OSError(error.errno, str(error))
+        log.error("%s failed", operation, exc_info=error)
+        return OSError(errno.EIO, "internal error")
 
     def _node(self, ino: int) -> Node:
         node = self._tree.node(ino)
@@ -126,35 +149,42 @@ class Operations:
             case _:
                 raise TypeError(f"not a kind of node: {node!r}")
 
-    @answering
+    @answering_later
     async def lookup(self, parent: int, name: str) -> Attributes:
         """Return the attributes of a name and count the lookup; `ino` 0 if there is no such name."""
+        known = self.lookup_now(parent, name)
+        if known is not None:
+            return known
+        node = await self._catalog.find(self._directory(parent), name)
+        return Attributes(0, timeout=SHORT) if node is None else self._introduced(node)
+
+    @answering
+    def lookup_now(self, parent: int, name: str) -> Attributes | None:
+        """Do `lookup` if that needs no store, else return None."""
         directory = self._directory(parent)
-        node = self._resolve_dots(directory, name) or directory.children.get(name)
-        if node is None and directory.resolver is not None:
-            node = await self._catalog.find(directory, name)
-        if node is None:
-            return Attributes(0, timeout=LONG if directory.resolver is None else SHORT)
+        node = directory if name == "." else directory.children.get(name)
+        if node is not None:
+            return self._introduced(node)
+        return Attributes(0) if directory.resolver is None else None
+
+    def _introduced(self, node: Node) -> Attributes:
         self._tree.remember(node)
         return self.attributes(node)
 
-    def _resolve_dots(self, directory: Directory, name: str) -> Node | None:
-        return directory if name == "." else None
-
     @answering
-    async def getattr(self, ino: int) -> Attributes:
+    def getattr(self, ino: int) -> Attributes:
         """Return the attributes of an inode."""
         return self.attributes(self._node(ino))
 
     @answering
-    async def readlink(self, ino: int) -> str:
+    def readlink(self, ino: int) -> str:
         """Return the target of a symbolic link."""
         node = self._node(ino)
         if not isinstance(node, Link):
             raise OSError(errno.EINVAL, f"inode {ino} is not a symbolic link")
         return node.target
 
-    @answering
+    @answering_later
     async def open(self, ino: int, flags: int) -> Opened:
         """Open a file for reading; ``O_DIRECT`` is fine, anything that writes is ``EROFS``."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
@@ -173,7 +203,7 @@ class Operations:
         self.metrics.open_handles.inc()
         return Opened(handle, keep)
 
-    @answering
+    @answering_later
     async def read(self, handle: int, offset: int, size: int) -> Buffer:
         """Return the bytes ``[offset, offset + size)`` of an open file, fewer only at its end."""
         content = self._handles[handle]
@@ -182,7 +212,21 @@ class Operations:
         return await content.read(offset, size)
 
     @answering
-    async def release(self, handle: int) -> None:
+    def read_now(self, handle: int, offset: int, size: int) -> Buffer | None:
+        """Do `read` if that needs no store and no disk, else return None."""
+        content = self._handles[handle]
+        if isinstance(content, bytes):
+            return content[offset : offset + size]
+        return content.read_now(offset, size)
+
+    @answering_later
+    async def lend(self, handle: int) -> Loan | None:
+        """Return the data file behind an open file for the kernel to read, or None; see `Reader.lend`."""
+        content = self._handles[handle]
+        return None if isinstance(content, bytes) else await content.lend()
+
+    @answering
+    def release(self, handle: int) -> None:
         """Close an open file."""
         content = self._handles.pop(handle)
         self.metrics.open_handles.dec()
@@ -190,15 +234,15 @@ class Operations:
             content.close()
 
     @answering
-    async def opendir(self, ino: int) -> int:
+    def opendir(self, ino: int) -> int:
         """Open a directory; what it lists stays as it is now until it is closed."""
         directory = self._directory(ino)
         handle = next(self._numbers)
-        self._listings[handle] = sorted(directory.children.items())
+        self._listings[handle] = list(directory.children.items())
         return handle
 
     @answering
-    async def readdir(self, handle: int, start: int) -> Iterator[Listed]:
+    def readdir(self, handle: int, start: int) -> Iterator[Listed]:
         """Return the names of an open directory from position `start` on, made as they are asked for."""
         listing = self._listings[handle]
         return (
@@ -207,7 +251,7 @@ class Operations:
         )
 
     @answering
-    async def releasedir(self, handle: int) -> None:
+    def releasedir(self, handle: int) -> None:
         """Close an open directory."""
         del self._listings[handle]
 
@@ -221,7 +265,7 @@ class Operations:
             self._tree.forget(ino, references)
 
     @answering
-    async def statfs(self) -> dict[str, int]:
+    def statfs(self) -> dict[str, int]:
         """Return ``struct statvfs`` values: everything there is, all of it used, in blocks of 4 KiB."""
         snapshots = [model.snapshot for model in self._catalog.models.values() if model.snapshot]
         return {
@@ -237,7 +281,7 @@ class Operations:
         return self._catalog.attributes(node) if isinstance(node, File) else {}
 
     @answering
-    async def getxattr(self, ino: int, name: str) -> bytes:
+    def getxattr(self, ino: int, name: str) -> bytes:
         """Return the value of an extended attribute; ``ENODATA`` if there is none of this name."""
         value = self._xattrs(ino).get(name)
         if value is None:
@@ -245,6 +289,6 @@ class Operations:
         return os.fsencode(value())
 
     @answering
-    async def listxattr(self, ino: int) -> list[str]:
+    def listxattr(self, ino: int) -> list[str]:
         """Return the names of the extended attributes."""
         return sorted(self._xattrs(ino))

@@ -76,11 +76,11 @@ class _Adapter(pyfuse3.Operations):
 
     @_fuse
     async def getattr(self, inode: Any, ctx: Any) -> Any:
-        return self._attr(await self._ops.getattr(inode))
+        return self._attr(self._ops.getattr(inode))
 
     @_fuse
     async def readlink(self, inode: Any, ctx: Any) -> Any:
-        return os.fsencode(await self._ops.readlink(inode))
+        return os.fsencode(self._ops.readlink(inode))
 
     @_fuse
     async def open(self, inode: Any, flags: Any, ctx: Any) -> Any:
@@ -93,15 +93,15 @@ class _Adapter(pyfuse3.Operations):
 
     @_fuse
     async def release(self, fh: Any) -> None:
-        await self._ops.release(fh)
+        self._ops.release(fh)
 
     @_fuse
     async def opendir(self, inode: Any, ctx: Any) -> Any:
-        return await self._ops.opendir(inode)
+        return self._ops.opendir(inode)
 
     @_fuse
     async def readdir(self, fh: Any, start_id: int, token: Any) -> None:
-        for listed in await self._ops.readdir(fh, start_id):
+        for listed in self._ops.readdir(fh, start_id):
             name = pyfuse3.FileNameT(os.fsencode(listed.name))
             if not pyfuse3.readdir_reply(token, name, self._attr(listed.attributes), listed.next):
                 break
@@ -109,22 +109,22 @@ class _Adapter(pyfuse3.Operations):
 
     @_fuse
     async def releasedir(self, fh: Any) -> None:
-        await self._ops.releasedir(fh)
+        self._ops.releasedir(fh)
 
     @_fuse
     async def statfs(self, ctx: Any) -> Any:
         answer = pyfuse3.StatvfsData()
-        for name, value in (await self._ops.statfs()).items():
+        for name, value in self._ops.statfs().items():
             setattr(answer, name, value)
         return answer
 
     @_fuse
     async def getxattr(self, inode: Any, name: Any, ctx: Any) -> bytes:
-        return await self._ops.getxattr(inode, os.fsdecode(name))
+        return self._ops.getxattr(inode, os.fsdecode(name))
 
     @_fuse
     async def listxattr(self, inode: Any, ctx: Any) -> Sequence[Any]:
-        return [os.fsencode(name) for name in await self._ops.listxattr(inode)]
+        return [os.fsencode(name) for name in self._ops.listxattr(inode)]
 
     async def forget(self, inode_list: Any) -> None:
         self._ops.forget(list(inode_list))
@@ -144,6 +144,7 @@ class Transport:
     """
 
     name = "pyfuse3"
+    passthrough = False
 
     def __init__(self, operations: Operations, mountpoint: Path, *, allow_other: bool) -> None:
         options = {"fsname=modelfs", "subtype=modelfs", "ro", "nosuid", "nodev", "default_permissions"}

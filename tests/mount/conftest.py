@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="mount tests need /dev/fuse and root"))
 
 
-@pytest.fixture(scope="session", params=["pyfuse3"])
+@pytest.fixture(scope="session", params=["pyfuse3", "kernel"])
 def transport(request: pytest.FixtureRequest) -> str:
     """Every mount test runs on each transport."""
     name: str = request.param

@@ -1,0 +1,598 @@
+"""The transport that speaks to ``/dev/fuse`` itself, from trio.
+
+What it has over libfuse: complete files are read by the kernel without us (passthrough, Linux 6.9), requests
+that need no waiting are answered without a task, and no C library is needed. It needs CAP_SYS_ADMIN.
+
+Passthrough
+-----------
+An inode is either *cached* (its reads come here and fill the page cache) or *backed* (the kernel reads our
+data file) while any handle of it is open; a reply that breaks this makes the kernel fail the open. So the
+inode's first open handle decides, and all others follow until the last one is closed. Deciding and replying
+happen without a pause between them, and a handle is counted until its RELEASE, which the kernel sends only
+after it has dropped the handle itself.
+
+A backing id is registered once per backed inode and given back with its last handle: ids are the kernel's
+memory and would otherwise stay until the unmount. The loan from the cache lives as long, so that neither
+eviction nor hole punching touches what the kernel reads.
+
+Who reads while nothing may wait
+--------------------------------
+All of this belongs to the trio thread. Requests are read one after the other; those that need no store and
+no disk are answered on the spot, the others in tasks of their own. Replies are written without waiting: a
+write to the device only copies. Notifications are the exception, they take locks of the kernel that a
+request waiting for us may hold: they are written in a thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import select
+import signal
+import stat
+import struct
+import tempfile
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import trio
+
+from modelfs.cache import Loan
+from modelfs.errors import MountError
+from modelfs.fuse import mountpoint as mountpoints
+from modelfs.fuse import wire
+from modelfs.fuse.operations import Attributes, Operations
+from modelfs.fuse.wire import Init, Opcode, Opening, Request
+from modelfs.tree import Change
+
+log = logging.getLogger(__name__)
+
+MAX_READ = 1024 * 1024
+"""Bytes of the largest read request: 256 pages, what ``/proc/sys/fs/fuse/max_pages_limit`` allows unasked."""
+
+MAX_BACKGROUND = 128
+"""Asynchronous requests (readahead, O_DIRECT) that the kernel sends before it waits for an answer."""
+
+STACK_DEPTH = 2
+"""The cache may lie on a file system that is stacked itself, such as a container's overlayfs."""
+
+BATCH = 32
+"""Requests read before other tasks get their turn."""
+
+HANDSHAKE_SECONDS = 10.0
+"""How long the kernel may take to begin the conversation after mounting."""
+
+WANTED = (
+    Init.ASYNC_READ
+    | Init.DO_READDIRPLUS
+    | Init.READDIRPLUS_AUTO
+    | Init.ASYNC_DIO
+    | Init.PARALLEL_DIROPS
+    | Init.MAX_PAGES
+    | Init.CACHE_SYMLINKS
+    | Init.EXPLICIT_INVAL_DATA
+    | Init.INIT_EXT
+    | Init.PASSTHROUGH
+)
+"""Never WRITEBACK_CACHE: with it the kernel refuses passthrough without a word."""
+
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
+_BACKING = struct.Struct("=iIQ")
+_BACKING_OPEN = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
+_BACKING_CLOSE = 0x4004E502  # _IOW(229, 2, uint32_t)
+
+
+class Reply(NamedTuple):
+    """The parts of a reply's body, and what takes back what it said if nobody wants it any more."""
+
+    body: tuple[bytes | bytearray, ...] = ()
+    undo: Callable[[], None] | None = None
+
+
+Outcome = Reply | Coroutine[Any, Any, Reply] | None
+"""What a handler returns; None if the request has no reply."""
+
+
+@dataclass(slots=True)
+class _Inode:
+    """An inode with open handles: how many, and what backs them if the kernel reads it itself."""
+
+    handles: int = 0
+    backing: int = 0
+    loan: Loan | None = None
+
+
+class Transport:
+    """A mount made by ourselves, answered by trio.
+
+    Args:
+        operations: what answers.
+        mountpoint: an existing directory.
+        allow_other: other users may read too.
+        cache: the directory with the data files: can the kernel read from there without us?
+
+    Attributes:
+        passthrough: whether complete files are read by the kernel itself.
+        why: why or why not.
+
+    Raises:
+        MountError: the kernel refused; nothing is mounted.
+
+    """
+
+    name = "kernel"
+
+    def __init__(self, operations: Operations, mountpoint: Path, *, allow_other: bool, cache: Path) -> None:
+        self._ops = operations
+        self._mountpoint = mountpoint
+        self._buffer = memoryview(bytearray(wire.READ_BUFFER))
+        self._inodes: dict[int, _Inode] = {}
+        self._running: dict[int, tuple[int, trio.CancelScope]] = {}
+        self._notices = trio.CapacityLimiter(1)
+        self._mounted = False
+        self._device = _open_device()
+        try:
+            _mount(self._device, mountpoint, allow_other=allow_other)
+            self._mounted = True
+            self.passthrough, self.why = self._negotiate(cache)
+        except BaseException:
+            self.close(unmount=True)
+            raise
+
+    def close(self, *, unmount: bool) -> None:
+        """Give the device up, and unmount if that has not happened yet."""
+        if unmount and self._mounted and mountpoints.mount_at(self._mountpoint) is not None:
+            mountpoints.detach(self._mountpoint, lazy=True)
+        os.close(self._device)
+
+    def _negotiate(self, cache: Path) -> tuple[bool, str]:
+        """Answer INIT, which the kernel sends first; return whether and why there is passthrough."""
+        poll = select.poll()
+        poll.register(self._device, select.POLLIN)
+        if not poll.poll(HANDSHAKE_SECONDS * 1000):
+            raise MountError(f"{self._mountpoint}: the kernel does not begin the FUSE conversation")
+        request = wire.request(self._buffer[: os.readv(self._device, (self._buffer,))])
+        offer = wire.init(request.body)
+        if offer.major != wire.MAJOR or offer.minor < wire.OLDEST_MINOR:
+            raise MountError(
+                f"{self._mountpoint}: FUSE {offer.major}.{offer.minor} of this kernel is not one of "
+                f"{wire.MAJOR}.{wire.OLDEST_MINOR} or later: use --transport pyfuse3"
+            )
+        flags = offer.flags & WANTED
+        terms = wire.Terms(
+            minor=min(wire.MINOR, offer.minor),
+            max_readahead=offer.max_readahead,
+            flags=flags,
+            max_background=MAX_BACKGROUND,
+            max_pages=MAX_READ // 4096,
+            max_stack_depth=STACK_DEPTH if Init.PASSTHROUGH in flags else 0,
+        )
+        self._write(request.unique, (wire.init_out(terms),))
+        if Init.PASSTHROUGH not in flags:
+            return False, f"Linux {os.uname().release} has no FUSE passthrough (6.9 has)"
+        refusal = self._try_backing(cache)
+        if refusal:
+            return False, f"the kernel cannot read {cache} without the daemon: {refusal}"
+        return True, "the kernel reads complete files without the daemon"
+
+    def _try_backing(self, cache: Path) -> str | None:
+        """Return why files in `cache` cannot back ours, or None if they can."""
+        with tempfile.NamedTemporaryFile(dir=cache, prefix=".probe-") as file:
+            try:
+                # A file that is opened with O_DIRECT is opened so below, too.
+                os.close(os.open(file.name, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+                self._close_backing(self._open_backing(file.fileno()))
+            except OSError as error:
+                return _REFUSALS.get(error.errno or 0, error.strerror)
+        return None
+
+    # -- the conversation ------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Answer requests until the tree is unmounted or the caller is cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            while self._mounted:
+                await trio.lowlevel.wait_readable(self._device)
+                self._read_some()
+            nursery.cancel_scope.cancel()
+
+    def _read_some(self) -> None:
+        """Read and begin to answer what is there, up to `BATCH` requests."""
+        for _ in range(BATCH):
+            try:
+                length = os.readv(self._device, (self._buffer,))
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    self._mounted = False
+                    return
+                if error.errno == errno.ENOENT:
+                    continue  # the request was taken back before it was read
+                raise
+            self._begin(self._buffer[:length])
+
+    def _begin(self, message: memoryview) -> None:
+        try:
+            request = wire.request(message)
+        except wire.ProtocolError as error:
+            log.error("from the kernel: %s", error)
+            return
+        handler = _HANDLERS.get(request.opcode)
+        if handler is None:
+            self._write(request.unique, (), errno.EROFS if request.opcode in _WRITING else errno.ENOSYS)
+            return
+        try:
+            outcome = handler(self, request)
+        except wire.ProtocolError as error:
+            log.error("from the kernel: %s", error)
+            self._write(request.unique, (), errno.EIO)
+        except OSError as error:
+            self._write(request.unique, (), error.errno or errno.EIO)
+        else:
+            if isinstance(outcome, Reply):
+                self._reply(request, outcome)
+            elif outcome is not None:
+                self._nursery.start_soon(self._finish, request, outcome)
+
+    async def _finish(self, request: Request, promise: Coroutine[Any, Any, Reply]) -> None:
+        """Answer a request whose answer has to be waited for."""
+        with trio.CancelScope() as scope:
+            self._running[request.unique] = request.pid, scope
+            try:
+                reply = await promise
+            except OSError as error:
+                self._write(request.unique, (), error.errno or errno.EIO)
+            else:
+                self._reply(request, reply)
+            finally:
+                del self._running[request.unique]
+        if scope.cancelled_caught:
+            self._write(request.unique, (), errno.EINTR)
+
+    def _reply(self, request: Request, reply: Reply) -> None:
+        if not self._write(request.unique, reply.body) and reply.undo is not None:
+            reply.undo()
+
+    def _write(self, unique: int, body: tuple[bytes | bytearray, ...], error: int = 0) -> bool:
+        """Answer a request; return whether anybody still wanted the answer."""
+        head = wire.header(unique, sum(map(len, body)), error)
+        try:
+            os.writev(self._device, (head, *body))
+        except OSError as failure:
+            if failure.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            return False  # who asked was killed, or the tree is unmounted
+        return True
+
+    # -- names -----------------------------------------------------------------------------------------
+
+    def _attr(self, attributes: Attributes) -> wire.Attr:
+        uid, gid = self._ops.owner
+        return wire.Attr(
+            attributes.ino,
+            attributes.mode,
+            attributes.size,
+            attributes.mtime,
+            attributes.links,
+            uid,
+            gid,
+            MAX_READ,
+        )
+
+    def _lookup(self, request: Request) -> Outcome:
+        name = os.fsdecode(wire.name(request.body))
+        found = self._ops.lookup_now(request.node, name)
+        return self._lookup_later(request.node, name) if found is None else self._found(found)
+
+    async def _lookup_later(self, parent: int, name: str) -> Reply:
+        return self._found(await self._ops.lookup(parent, name))
+
+    def _found(self, found: Attributes) -> Reply:
+        if not found.ino:
+            return Reply((wire.absent_out(found.timeout),))
+        # The kernel counts a reference only if it takes the answer.
+        entry = wire.entry_out(self._attr(found), found.timeout)
+        return Reply((entry,), partial(self._ops.forget, [(found.ino, 1)]))
+
+    def _forget(self, request: Request) -> None:
+        (references,) = wire.fields(request.opcode, request.body)
+        self._ops.forget([(request.node, references)])
+
+    def _batch_forget(self, request: Request) -> None:
+        self._ops.forget(wire.forgets(request.body))
+
+    def _getattr(self, request: Request) -> Reply:
+        wire.fields(request.opcode, request.body)
+        found = self._ops.getattr(request.node)
+        return Reply((wire.attr_out(self._attr(found), found.timeout),))
+
+    def _readlink(self, request: Request) -> Reply:
+        wire.fields(request.opcode, request.body)
+        return Reply((os.fsencode(self._ops.readlink(request.node)),))
+
+    def _access(self, request: Request) -> Reply:
+        mask, _ = wire.fields(request.opcode, request.body)
+        if mask & os.W_OK:
+            raise OSError(errno.EROFS, "the tree is read-only")
+        if mask & os.X_OK and not stat.S_ISDIR(self._ops.getattr(request.node).mode):
+            raise OSError(errno.EACCES, "no file can be executed")
+        return Reply()
+
+    def _statfs(self, request: Request) -> Reply:
+        wire.fields(request.opcode, request.body)
+        values = self._ops.statfs()
+        return Reply(
+            (
+                wire.statfs_out(
+                    blocks=values["f_blocks"],
+                    files=values["f_files"],
+                    block=values["f_bsize"],
+                    name_max=values["f_namemax"],
+                ),
+            )
+        )
+
+    def _getxattr(self, request: Request) -> Reply:
+        room, name = wire.getxattr(request.body)
+        return _sized(self._ops.getxattr(request.node, os.fsdecode(name)), room)
+
+    def _listxattr(self, request: Request) -> Reply:
+        room, _ = wire.fields(request.opcode, request.body)
+        names = self._ops.listxattr(request.node)
+        return _sized(b"".join(os.fsencode(name) + b"\0" for name in names), room)
+
+    # -- directories -----------------------------------------------------------------------------------
+
+    def _opendir(self, request: Request) -> Reply:
+        wire.fields(request.opcode, request.body)
+        handle = self._ops.opendir(request.node)
+        return Reply((wire.open_out(handle, Opening(0)),), partial(self._ops.releasedir, handle))
+
+    def _readdir(self, request: Request) -> Reply:
+        handle, start, room, *_ = wire.fields(request.opcode, request.body)
+        plus = request.opcode == Opcode.READDIRPLUS
+        parts: list[bytes] = []
+        known: list[tuple[int, int]] = []
+        for listed in self._ops.readdir(handle, start):
+            found = listed.attributes
+            part = wire.dirent(found.ino, listed.next, found.mode, os.fsencode(listed.name))
+            if plus:
+                part = wire.entry_out(self._attr(found), found.timeout) + part
+            room -= len(part)
+            if room < 0:
+                break
+            parts.append(part)
+            if plus:
+                self._ops.remember(listed.node)
+                known.append((found.ino, 1))
+        return Reply((b"".join(parts),), partial(self._ops.forget, known))
+
+    def _releasedir(self, request: Request) -> Reply:
+        handle, *_ = wire.fields(request.opcode, request.body)
+        self._ops.releasedir(handle)
+        return Reply()
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    def _open(self, request: Request) -> Outcome:
+        flags, _ = wire.fields(request.opcode, request.body)
+        return self._open_later(request.node, flags)
+
+    async def _open_later(self, node: int, flags: int) -> Reply:
+        opened = await self._ops.open(node, flags)
+        try:
+            wanted = self.passthrough and node not in self._inodes
+            loan = await self._ops.lend(opened.handle) if wanted else None
+        except BaseException:
+            self._ops.release(opened.handle)
+            raise
+        # From here to the reply nothing waits: what is decided is what the kernel is told.
+        inode = self._inodes.get(node)
+        if inode is None:
+            inode = self._inodes[node] = _Inode()
+            if loan is not None:
+                self._back(inode, loan)
+        elif loan is not None:
+            self._give_back(loan)  # another open of this inode was faster
+        inode.handles += 1
+        undo = partial(self._close, node, opened.handle)
+        if inode.loan is not None:
+            return Reply((wire.open_out(opened.handle, Opening.PASSTHROUGH, inode.backing),), undo)
+        keep = Opening.KEEP_CACHE if opened.keep_cache else Opening(0)
+        return Reply((wire.open_out(opened.handle, keep),), undo)
+
+    def _back(self, inode: _Inode, loan: Loan) -> None:
+        try:
+            inode.backing = self._open_backing(loan.fileno())
+        except OSError as error:
+            log.warning("a file is read through the daemon: %s", error.strerror)
+            self._give_back(loan)
+        else:
+            inode.loan = loan
+
+    def _give_back(self, loan: Loan) -> None:
+        self._nursery.start_soon(trio.to_thread.run_sync, loan.close)
+
+    def _close(self, node: int, handle: int) -> None:
+        inode = self._inodes[node]
+        inode.handles -= 1
+        if not inode.handles:
+            del self._inodes[node]
+            if inode.loan is not None:
+                self._close_backing(inode.backing)
+                self._give_back(inode.loan)
+        self._ops.release(handle)
+
+    def _open_backing(self, fd: int) -> int:
+        backing: int = fcntl.ioctl(self._device, _BACKING_OPEN, bytearray(_BACKING.pack(fd, 0, 0)))
+        return backing
+
+    def _close_backing(self, backing: int) -> None:
+        fcntl.ioctl(self._device, _BACKING_CLOSE, struct.pack("=I", backing))
+
+    def _read(self, request: Request) -> Outcome:
+        handle, offset, size, *_ = wire.fields(request.opcode, request.body)
+        data = self._ops.read_now(handle, offset, size)
+        return self._read_later(handle, offset, size) if data is None else Reply((data,))
+
+    async def _read_later(self, handle: int, offset: int, size: int) -> Reply:
+        return Reply((await self._ops.read(handle, offset, size),))
+
+    def _release(self, request: Request) -> Reply:
+        handle, *_ = wire.fields(request.opcode, request.body)
+        self._close(request.node, handle)
+        return Reply()
+
+    def _lseek(self, request: Request) -> Reply:
+        """Answer SEEK_DATA and SEEK_HOLE: what is not fetched yet is data as well, so there is no hole."""
+        _, offset, whence, _ = wire.fields(request.opcode, request.body)
+        size = self._ops.getattr(request.node).size
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, f"whence {whence}")
+        if offset >= size:
+            raise OSError(errno.ENXIO, "behind the end")
+        return Reply((wire.lseek_out(offset if whence == os.SEEK_DATA else size),))
+
+    # -- the rest --------------------------------------------------------------------------------------
+
+    def _interrupt(self, request: Request) -> None:
+        """Give up a request whose process is being killed.
+
+        Others get their bytes although a signal came: a read of a file on a disk does not fail with EINTR
+        either, and programs that use signals (Go's scheduler, profilers) do not expect it.
+        """
+        (unique,) = wire.fields(request.opcode, request.body)
+        pid, scope = self._running.get(unique, (0, None))
+        if scope is not None and _is_dying(pid):
+            scope.cancel()
+
+    def _destroy(self, request: Request) -> Reply:
+        return Reply()
+
+    async def invalidate(self, changes: Iterable[Change]) -> None:
+        """Make the kernel look up the changed names anew; waits in a thread, not here.
+
+        Cancelled, it leaves the thread to itself: closing the device ends it.
+        """
+        for change in changes:
+            notice = wire.inval_entry(change.parent, os.fsencode(change.name))
+            await trio.to_thread.run_sync(self._notify, notice, limiter=self._notices, abandon_on_cancel=True)
+
+    def _notify(self, notice: bytes) -> None:
+        try:
+            os.write(self._device, notice)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the kernel knows no such name
+                log.warning("a name could not be invalidated: %s", error.strerror)
+
+
+_HANDLERS: Mapping[int, Callable[[Transport, Request], Outcome]] = {
+    Opcode.LOOKUP: Transport._lookup,
+    Opcode.FORGET: Transport._forget,
+    Opcode.BATCH_FORGET: Transport._batch_forget,
+    Opcode.GETATTR: Transport._getattr,
+    Opcode.READLINK: Transport._readlink,
+    Opcode.ACCESS: Transport._access,
+    Opcode.STATFS: Transport._statfs,
+    Opcode.GETXATTR: Transport._getxattr,
+    Opcode.LISTXATTR: Transport._listxattr,
+    Opcode.OPENDIR: Transport._opendir,
+    Opcode.READDIR: Transport._readdir,
+    Opcode.READDIRPLUS: Transport._readdir,
+    Opcode.RELEASEDIR: Transport._releasedir,
+    Opcode.OPEN: Transport._open,
+    Opcode.READ: Transport._read,
+    Opcode.RELEASE: Transport._release,
+    Opcode.LSEEK: Transport._lseek,
+    Opcode.INTERRUPT: Transport._interrupt,
+    Opcode.DESTROY: Transport._destroy,
+}
+
+_WRITING = frozenset(
+    {
+        Opcode.SETATTR,
+        Opcode.SYMLINK,
+        Opcode.MKNOD,
+        Opcode.MKDIR,
+        Opcode.UNLINK,
+        Opcode.RMDIR,
+        Opcode.RENAME,
+        Opcode.LINK,
+        Opcode.WRITE,
+        Opcode.SETXATTR,
+        Opcode.REMOVEXATTR,
+        Opcode.CREATE,
+        Opcode.FALLOCATE,
+        Opcode.RENAME2,
+        Opcode.COPY_FILE_RANGE,
+        Opcode.TMPFILE,
+    }
+)
+
+_REFUSALS = {
+    errno.EPERM: "the daemon lacks CAP_SYS_ADMIN in the initial user namespace",
+    errno.EINVAL: "its file system does not allow O_DIRECT",
+    errno.ELOOP: "its file system lies on too many others",
+    errno.EOPNOTSUPP: "its file system cannot be read this way",
+}
+
+
+def _sized(value: bytes, room: int) -> Reply:
+    """Return an attribute's value, or its length if `room` is 0."""
+    if not room:
+        return Reply((wire.xattr_size_out(len(value)),))
+    if len(value) > room:
+        raise OSError(errno.ERANGE, f"{len(value)} bytes do not fit into {room}")
+    return Reply((value,))
+
+
+def _is_dying(pid: int) -> bool:
+    """Return whether a fatal signal waits for `pid`; the kernel turns each of them into a SIGKILL."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return True
+    pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)
+
+
+def _open_device() -> int:
+    try:
+        return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise MountError(
+            f"/dev/fuse: {error.strerror}: load the fuse module, or give the container the device"
+        ) from error
+
+
+def _mount(device: int, place: Path, *, allow_other: bool) -> None:
+    """Call mount(2); see fuse(4) in the kernel's Documentation/filesystems/fuse.rst for the options."""
+    options = [
+        f"fd={device}",
+        f"rootmode={stat.S_IFDIR:o}",
+        f"user_id={os.geteuid()}",
+        f"group_id={os.getegid()}",
+        f"max_read={MAX_READ}",
+        "default_permissions",
+        *(["allow_other"] if allow_other else []),
+    ]
+    libc = ctypes.CDLL(None, use_errno=True)
+    refused = libc.mount(
+        b"modelfs",
+        os.fsencode(place),
+        mountpoints.FSTYPE.encode(),
+        ctypes.c_ulong(_MS_RDONLY | _MS_NOSUID | _MS_NODEV),
+        ",".join(options).encode(),
+    )
+    if refused:
+        code = ctypes.get_errno()
+        remedy = "only root may mount so: use --transport pyfuse3" if code == errno.EPERM else "see dmesg"
+        raise MountError(f"{place}: cannot mount: {os.strerror(code)}; {remedy}")
