@@ -11,7 +11,7 @@ _DOCUMENT: dict[str, Any] = {
     "pid": 4242,
     "mountpoint": "/models",
     "started": 1_700_000_000.0,
-    "transport": {"name": "pyfuse3", "why": "the transport that works on every kernel"},
+    "transport": {"name": "pyfuse3", "passthrough": False, "why": "asked for"},
     "config": "/etc/modelfs/config.yaml",
     "log": "/var/log/modelfs/models.log",
     "models": [
