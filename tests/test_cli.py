@@ -422,7 +422,7 @@ def test_a_status_says_everything_that_matters() -> None:
         == """\
 /models
   modelfs 0.1.0, pid 4242, up 1h 2m, 90.0 MiB of memory
-  transport  pyfuse3: the transport that works on every kernel
+  transport  pyfuse3: asked for
   config     /etc/modelfs/config.yaml
   log        /var/log/modelfs/models.log
   cache      3.0 GiB of 50.0 GiB in 1 object, 200.0 GiB free, /var/cache/modelfs
