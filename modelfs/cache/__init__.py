@@ -50,6 +50,6 @@ asking for room. Loans (``CacheObject.lend``) keep the object open and its data 
 """
 
 from modelfs.cache.directory import Cache, Usage
-from modelfs.cache.objects import CacheObject, Loan, Verifier
+from modelfs.cache.objects import CacheObject, Loan, Place, Verifier
 
-__all__ = ["Cache", "CacheObject", "Loan", "Usage", "Verifier"]
+__all__ = ["Cache", "CacheObject", "Loan", "Place", "Usage", "Verifier"]

@@ -64,6 +64,18 @@ def read_resident(fd: int, span: Span) -> bytearray | None:
     return data if done == len(data) else None
 
 
+def is_resident(fd: int, span: Span) -> bool:
+    """Return whether the first and the last byte of `span` are in the page cache; never waits for the disk.
+
+    What lies between them was as a rule read or written with them.
+    """
+    byte = bytearray(1)
+    try:
+        return all(os.preadv(fd, [byte], at, os.RWF_NOWAIT) == 1 for at in (span.start, span.stop - 1))
+    except OSError:  # not resident, not supported, or broken: the blocking read finds out which
+        return False
+
+
 def write(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data` at `offset`."""
     while data:

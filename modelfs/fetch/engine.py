@@ -34,11 +34,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import TypeVar
 
 import trio
 
-from modelfs.cache import Cache, CacheObject, Loan
+from modelfs.cache import Cache, CacheObject, Loan, Place
 from modelfs.errors import CacheError, Corrupt, ModelfsError
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.download import GRAIN, PER_OBJECT, Download, Flight
@@ -49,6 +51,8 @@ from modelfs.metrics import Metrics
 from modelfs.types import BLOCK, Digest, Entry, Span, block_span
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Buffer = bytes | bytearray
 """What a read returns; the caller may keep it, nobody changes it any more."""
@@ -92,9 +96,16 @@ class Reader:
         """
         return await self._fetcher.read(self._download, start, size)
 
-    def read_now(self, start: int, size: int) -> Buffer | None:
-        """Do `read` if the bytes are in memory or the page cache, else return None."""
-        return self._fetcher.read_now(self._download, start, size)
+    def place_now(self, start: int, size: int) -> Place | bytes | None:
+        """Return where the bytes lie that `read` would return, or None if that needs waiting.
+
+        Bytes instead of a place are all there is, as at the end of the content.
+        """
+        return self._fetcher.place_now(self._download, start, size)
+
+    async def place(self, start: int, size: int) -> Place | Buffer:
+        """Return where the bytes lie that `read` would return, or the bytes; raise what `read` raises."""
+        return await self._fetcher.place(self._download, start, size)
 
     async def lend(self) -> Loan | None:
         """Return the data file for somebody who reads it without us, or None if that cannot be now.
@@ -216,36 +227,53 @@ class Fetcher:
 
     async def read(self, download: Download, start: int, size: int) -> Buffer:
         """Return the bytes ``[start, start + size)`` of `download`; see :meth:`Reader.read`."""
-        data = self.read_now(download, start, size)
+        span = _within(download, start, size)
+        hit = self._begin(download, span)
+        data: Buffer | None = download.object.read_now(span) if hit else None
         if data is None:
-            span = _within(download, start, size)
-            hit = download.serves(span)
-            self._advance(download, span)
-            data = await self._read_waiting(download, span)
-            self._served(download, len(data), hit=hit)
+            arrived: Buffer = await self._patiently(download, span, self._collect)
+            data = arrived
+        self._served(download, span, hit=hit)
         return data
 
-    def read_now(self, download: Download, start: int, size: int) -> Buffer | None:
-        """Return the bytes ``[start, start + size)`` of `download`, or None if that needs waiting."""
+    def place_now(self, download: Download, start: int, size: int) -> Place | bytes | None:
+        """Return where ``[start, start + size)`` of `download` lies; see :meth:`Reader.place_now`."""
         span = _within(download, start, size)
         if not span:
             return b""
-        if download.error or not download.serves(span):
+        if not self._serves(download, span):
             return None
-        data = download.object.read_now(span)
-        if data is not None:
-            self._advance(download, span)
-            self._served(download, len(data), hit=True)
-        return data
+        place = download.object.place(span)
+        if place is not None:
+            self._begin(download, span)
+            self._served(download, span, hit=True)
+        return place
 
-    def _advance(self, download: Download, span: Span) -> None:
+    async def place(self, download: Download, start: int, size: int) -> Place | Buffer:
+        """Return where these bytes of `download` lie, or the bytes; see :meth:`Reader.place`."""
+        span = _within(download, start, size)
+        hit = self._begin(download, span)
+        found: Place | Buffer = await self._patiently(download, span, self._place)
+        self._served(download, span, hit=hit)
+        return found
+
+    async def _place(self, download: Download, span: Span) -> Place | Buffer | None:
+        place = download.object.place(span) if self._serves(download, span) else None
+        return await self._collect(download, span) if place is None else place
+
+    def _serves(self, download: Download, span: Span) -> bool:
+        return download.error is None and download.serves(span)
+
+    def _begin(self, download: Download, span: Span) -> bool:
+        """Note that `span` is read; return whether its bytes are there."""
         if not download.object.complete:
             download.streams = advance(download.streams, span)
+        return bool(span) and self._serves(download, span)
 
-    def _served(self, download: Download, count: int, *, hit: bool) -> None:
-        self._metrics.read_bytes.inc(count)
+    def _served(self, download: Download, span: Span, *, hit: bool) -> None:
+        self._metrics.read_bytes.inc(len(span))
         if hit:
-            self._metrics.hit_bytes.inc(count)
+            self._metrics.hit_bytes.inc(len(span))
         self.pump_for(download)
 
     async def lend(self, download: Download) -> Loan | None:
@@ -286,15 +314,17 @@ class Fetcher:
         download.checking = False
         self._retire(download)
 
-    async def _read_waiting(self, download: Download, span: Span) -> Buffer:
-        """Return the bytes of `span` once they are there, waiting for the disk and the store."""
+    async def _patiently(
+        self, download: Download, span: Span, take: Callable[[Download, Span], Awaitable[T | None]]
+    ) -> T:
+        """Return what `take` gets of `span` once its bytes are there, waiting for the disk and the store."""
         with trio.move_on_after(self._deadline):
             while True:
                 if not download.serves(span):
                     await self._arrival(download, span)
-                data = await self._collect(download, span)
-                if data is not None:
-                    return data
+                taken = await take(download, span)
+                if taken is not None:
+                    return taken
         raise download.source.unavailable(f"{download.entry.path} {span.start}-{span.stop}", self._deadline)
 
     async def _arrival(self, download: Download, span: Span) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from modelfs.cache import Loan
+from modelfs.cache import Loan, Place
 from modelfs.catalog import Catalog
 from modelfs.errors import ModelfsError
 from modelfs.fetch.engine import Buffer, Reader
@@ -99,8 +99,8 @@ def answering_later(
 class Operations:
     """The operations of one mount; all belong to the trio thread.
 
-    Those that are plain functions never wait. `lookup`, `open`, `read` and `lend` may wait for a store or a
-    disk; `lookup_now` and `read_now` are the same without waiting, for transports that can make use of it.
+    Those that are plain functions never wait. `lookup`, `open`, `read`, `place` and `lend` may wait for a
+    store or a disk; `lookup_now` and `place_now` do what they can without, for transports that use it.
     """
 
     def __init__(self, tree: Tree, catalog: Catalog, metrics: Metrics) -> None:
@@ -212,12 +212,20 @@ class Operations:
         return await content.read(offset, size)
 
     @answering
-    def read_now(self, handle: int, offset: int, size: int) -> Buffer | None:
-        """Do `read` if that needs no store and no disk, else return None."""
+    def place_now(self, handle: int, offset: int, size: int) -> Place | Buffer | None:
+        """Return where the bytes that `read` returns lie, or the bytes; None if that needs waiting."""
         content = self._handles[handle]
         if isinstance(content, bytes):
             return content[offset : offset + size]
-        return content.read_now(offset, size)
+        return content.place_now(offset, size)
+
+    @answering_later
+    async def place(self, handle: int, offset: int, size: int) -> Place | Buffer:
+        """Return where the bytes that `read` returns lie, or the bytes."""
+        content = self._handles[handle]
+        if isinstance(content, bytes):
+            return content[offset : offset + size]
+        return await content.place(offset, size)
 
     @answering_later
     async def lend(self, handle: int) -> Loan | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD_KB = 1024
+READ_AHEAD_KB = 1020
 """KiB of kernel readahead: one request of the largest size. Larger pages than 4 KiB get no more than this."""
 
 MAX_BACKGROUND = 128

@@ -381,7 +381,7 @@ def test_right_bytes_are_verified_once_and_for_all(tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         reader = await rig.open("x.bin")
         assert await reader.read(0, len(data)) == data
-        assert rig.metrics.value("modelfs_verified_objects_total", result="match") == 1
+        await rig.until(lambda: rig.metrics.value("modelfs_verified_objects_total", result="match") == 1)
         reader.close()
         again = await rig.open("x.bin")
         assert await again.read(0, len(data)) == data
