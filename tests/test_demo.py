@@ -45,10 +45,10 @@ class Place:
             "AWS_PROFILE": "none-of-this-name",
         }
 
-    def demo(self, *words: str) -> subprocess.Popen[str]:
+    def demo(self, *words: str, on: Path | None = None) -> subprocess.Popen[str]:
         """Start the demo, in a process group of its own as a shell does it."""
         return subprocess.Popen(
-            [sys.executable, "-m", "demo", "--mountpoint", str(self.models), *words],
+            [sys.executable, "-m", "demo", "--mountpoint", str(on or self.models), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -63,6 +63,10 @@ class Place:
             output, errors = demo.communicate(timeout=200)
         assert demo.returncode == 0, errors
         return output, errors
+
+    def mounts(self) -> list[Path]:
+        """Return what is mounted here."""
+        return [mount.path for mount in mountpoint.mounts() if self.models.parent in mount.path.parents]
 
     def processes(self) -> list[psutil.Process]:
         """Return what was started here, directly or not, and has not ended."""
@@ -79,7 +83,7 @@ class Place:
         """Return when nothing runs any more; there is nothing mounted and no file left then."""
         _, alive = psutil.wait_procs(self.processes(), timeout=60)
         assert alive == []
-        assert mountpoint.mount_at(self.models) is None
+        assert self.mounts() == []
         assert list(self.temporary.iterdir()) == []
 
 
@@ -90,8 +94,8 @@ def place() -> Iterator[Place]:
     yield place
     for process in place.processes():
         process.kill()
-    while mountpoint.mount_at(place.models) is not None:
-        mountpoint.detach(place.models, lazy=True)
+    for path in place.mounts():
+        mountpoint.detach(path, lazy=True)
     shutil.rmtree(directory)
 
 
@@ -130,17 +134,18 @@ def test_the_demo_ends_with_nothing_mounted_and_replaces_a_stale_mount(place: Pl
     place.await_end()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_demo_that_is_cut_off_takes_everything_with_it(place: Place, how: signal.Signals) -> None:
-    with place.demo("heart-disease") as demo:
-        assert demo.stdout is not None
-        assert any("fetched so far" in line for line in demo.stdout)  # it is mounted, and loading begins
-        if how is signal.SIGINT:  # Ctrl-C reaches the whole group
-            os.killpg(demo.pid, how)
-        else:
-            demo.send_signal(how)
-        demo.communicate(timeout=60)
-        assert demo.returncode in (130, -how)
+def test_a_demo_that_is_cut_off_takes_everything_with_it(place: Place) -> None:
+    interrupted = place.demo("heart-disease", on=place.models / "a")
+    killed = place.demo("heart-disease", on=place.models / "b")
+    with interrupted, killed:
+        for demo in (interrupted, killed):
+            assert demo.stdout is not None
+            assert any("fetched so far" in line for line in demo.stdout)  # it is mounted, and loading begins
+        os.killpg(interrupted.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
+        killed.kill()
+        interrupted.communicate(timeout=60)
+        killed.communicate(timeout=60)
+    assert interrupted.returncode == 130
     place.await_end()
 
 
