@@ -6,6 +6,7 @@
         lock        flock of the one daemon that uses the directory, and its process id
         format      version of this layout
         clean       the index, left by a clean stop; the next start reads and removes it
+        session     the id of the boot in which the last start trusted what was there
         objects/XX/KEY.data     the bytes, a sparse file of the object's size; 0600, 0400 once complete
         objects/XX/KEY.table    which blocks are there, and their checksums: modelfs.cache.table
         meta/       listings, manifests, pins: JSON in a diskcache
@@ -16,8 +17,9 @@ computes the checksum from the file and writes the 8-byte record of the block.
 **A crash costs time, never truth.** The order of two writes says nothing after a power failure, so without
 the file ``clean`` every block is compared with its checksum before it is first served. A clean stop writes
 that file after everything else is on the disk (syncfs); one that does not wait for the disk notes the boot
-id of the machine, and is believed only within that boot. An object of which some block is still unchecked
-when it is closed stays unchecked in the next session.
+id of the machine, and is believed only within that boot. If only the process died (the file ``session``
+tells), everything it had written is there, and nothing is checked. An object of which some block is still
+unchecked when it is closed stays unchecked in the next session.
 
 Concurrency
 ===========

@@ -96,6 +96,7 @@ class Cache:
                 self._dir = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
                     self.index = self._load_index()
+                    self._begin_session()
                     self._can_punch = disk.punch(self._lock_fd, 1 << 20, 4096)
                 except BaseException:
                     os.close(self._dir)
@@ -371,11 +372,31 @@ class Cache:
                 return Index.load(raw, boot=_boot())
             except ValueError as error:
                 _log.warning("%s: %s; every block is checked before it is served", clean, error)
-        index = Index.scan(self._objects, self.metrics)
+        survived = raw is None and self._is_of_this_boot()
+        index = Index.scan(self._objects, self.metrics, trusted=survived)
         self._unclean = len(index) > 0
         if raw is None and len(index):
-            _log.info("%s was not left cleanly; every block is checked before it is served", self.directory)
+            what = (
+                "its process ended, the machine did not" if survived else "every block is checked before use"
+            )
+            _log.info("%s was not left cleanly; %s", self.directory, what)
+        self._trusting = survived or not len(index)
         return index
+
+    def _is_of_this_boot(self) -> bool:
+        """Return whether the last session began in this boot of the machine, trusting what it found.
+
+        If its process was killed since, all that it had written is in the page cache or on the disk, in
+        the order of writing: a block in a table is whole. Only a restart of the machine may lose that.
+        """
+        try:
+            return (self.directory / "session").read_text() == _boot()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return False
+
+    def _begin_session(self) -> None:
+        content = _boot().encode() if self.index.trusted else b""
+        disk.replace(self.directory / "session", content, sync=False)
 
 
 def _prepare(directory: Path) -> None:

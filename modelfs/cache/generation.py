@@ -433,13 +433,14 @@ def _open_files(now: Generation, stem: Path, *, trusted: bool) -> None:
     if content.size != now.size:
         raise ValueError(f"it has {content.size} bytes instead of {now.size}")
     now.data, now.writable = _open(now.path, writable=not content.complete)
-    if os.fstat(now.data).st_size != now.size:
+    facts = os.fstat(now.data)
+    if facts.st_size != now.size:
         raise ValueError("its data file has the wrong size")
     now.verified = content.verified
     now.blocks = {block: Block(crc, checked=trusted) for block, crc in content.crcs.items()}
     now.unchecked = 0 if trusted else len(now.blocks)
     now.occupied = set(now.blocks)
-    if not trusted and now.writable:
+    if now.writable and facts.st_blocks * 512 > table.present_bytes(now.blocks, now.size):
         # Blocks that were being written when the last session ended use space that nothing accounts for.
         last = -1
         for block in [*sorted(now.blocks), block_count(now.size)]:

@@ -97,6 +97,12 @@ class Index:
             if self._rows.get(row.key) is row:
                 self._rows.move_to_end(row.key)
 
+    @property
+    def trusted(self) -> bool:
+        """Whether all of it is trusted."""
+        with self._lock:
+            return all(row.trusted for row in self._rows.values())
+
     def oldest(self, count: int | None = None) -> list[str]:
         """Return the `count` least recently used keys, or all, least recently used first."""
         with self._lock:
@@ -141,8 +147,8 @@ class Index:
         return cls(_parse_row(line) for line in lines)
 
     @classmethod
-    def scan(cls, objects: Path, metrics: Metrics) -> Index:
-        """Return the index of what lies under `objects`, nothing of it trusted.
+    def scan(cls, objects: Path, metrics: Metrics, *, trusted: bool) -> Index:
+        """Return the index of what lies under `objects`, all of it `trusted` or nothing.
 
         Files without their counterpart and damaged tables are removed.
 
@@ -154,7 +160,7 @@ class Index:
         with os.scandir(objects) as shelves:
             for shelf in shelves:
                 if shelf.is_dir(follow_symlinks=False):
-                    rows += _scan_shelf(shelf.path, metrics)
+                    rows += _scan_shelf(shelf.path, metrics, trusted)
         return cls(rows)
 
 
@@ -163,7 +169,7 @@ def _parse_row(line: str) -> Row:
     return Row(key, int(size), int(present), int(allocated), int(stamp), trusted == "1")
 
 
-def _scan_shelf(shelf: str, metrics: Metrics) -> list[Row]:
+def _scan_shelf(shelf: str, metrics: Metrics, trusted: bool) -> list[Row]:
     rows = []
     with os.scandir(shelf) as entries:
         files = {entry.name: entry for entry in entries}
@@ -172,7 +178,7 @@ def _scan_shelf(shelf: str, metrics: Metrics) -> list[Row]:
         try:
             if pair[0] is None or pair[1] is None:
                 raise ValueError("one of its two files is missing")
-            rows.append(_row(key, pair[0], pair[1]))
+            rows.append(_row(key, pair[0], pair[1], trusted))
         except OSError as error:
             metrics.cache_errors.inc()
             _log.warning("%s/%s: cannot be read: %s; check this disk", shelf, key, error)
@@ -185,7 +191,7 @@ def _scan_shelf(shelf: str, metrics: Metrics) -> list[Row]:
     return rows
 
 
-def _row(key: str, table_file: os.DirEntry[str], data_file: os.DirEntry[str]) -> Row:
+def _row(key: str, table_file: os.DirEntry[str], data_file: os.DirEntry[str], trusted: bool) -> Row:
     fd = os.open(table_file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         facts = os.fstat(fd)
@@ -202,7 +208,7 @@ def _row(key: str, table_file: os.DirEntry[str], data_file: os.DirEntry[str]) ->
         table.present_bytes(content.crcs, content.size),
         allocated,
         facts.st_mtime_ns,
-        trusted=False,
+        trusted,
     )
 
 

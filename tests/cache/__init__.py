@@ -53,8 +53,11 @@ def table_file(directory: Path, key: str) -> Path:
     return data_file(directory, key).with_suffix(".table")
 
 
-def crash_image(directory: Path, image: Path) -> Path:
-    """Return a directory with what a SIGKILL at this moment would leave; the files are hard links."""
+def crash_image(directory: Path, image: Path, *, machine: bool = True) -> Path:
+    """Return a directory with what a crash at this moment would leave; the files are hard links.
+
+    Of the whole machine, or of the process only, as by SIGKILL.
+    """
 
     def link_objects(source: str, target: str) -> object:
         if Path(source).suffix in (".data", ".table"):
@@ -64,6 +67,8 @@ def crash_image(directory: Path, image: Path) -> Path:
         return target
 
     shutil.copytree(directory, image, copy_function=link_objects)
+    if machine:
+        (image / "session").write_text("another boot")
     return image
 
 

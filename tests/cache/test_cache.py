@@ -215,6 +215,30 @@ def test_a_clean_stop_keeps_everything_and_needs_no_check(tmp_path: Path) -> Non
         item.close()
 
 
+def test_after_a_kill_of_the_process_alone_nothing_is_checked(tmp_path: Path) -> None:
+    data = content(3 * BLOCK)
+    with cache_at(tmp_path / "c") as cache:
+        item = cache.object("k", len(data))
+        put(item, data)
+        first = crash_image(tmp_path / "c", tmp_path / "1", machine=False)
+        of_machine = crash_image(tmp_path / "c", tmp_path / "2")
+        item.close()
+    with cache_at(first) as cache:
+        assert cache.usage().unclean_start
+        item = cache.object("k", len(data))
+        assert item.unchecked == 0
+        item.lend().close()
+        assert whole(item) == data
+        item.close()
+    # What an earlier crash of the machine left unchecked is not trusted after a kill either.
+    with cache_at(of_machine):
+        second = crash_image(of_machine, tmp_path / "3", machine=False)
+    with cache_at(second) as cache:
+        item = cache.object("k", len(data))
+        assert item.unchecked == 3
+        item.close()
+
+
 def test_after_a_crash_blocks_are_checked_before_they_are_served(tmp_path: Path) -> None:
     data = content(2 * BLOCK)
     with cache_at(tmp_path / "c") as cache:
