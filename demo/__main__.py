@@ -17,9 +17,10 @@ from modelfs.cli.show import size
 from modelfs.errors import ModelfsError
 from modelfs.fuse import mountpoint
 
-ONE_LINER = """HF_HUB_OFFLINE=1 {python} -c '
-     from sentence_transformers import SentenceTransformer
-     print(SentenceTransformer("{place}/minilm").encode("hello").shape)'"""
+ONE_LINER = (
+    "HF_HUB_OFFLINE=1 {python} -c 'from transformers import AutoTokenizer as T; "
+    """print(T.from_pretrained("{place}/minilm").tokenize("mountable"))'"""
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:

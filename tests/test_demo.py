@@ -64,6 +64,18 @@ class Place:
         assert demo.returncode == 0, errors
         return output, errors
 
+    def shell(self, command: str) -> str:
+        """Run a command that the demo printed, where it was run, and return what it prints."""
+        return subprocess.run(
+            command,
+            shell=True,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env={**os.environ, **self.env},
+        ).stdout
+
     def mounts(self) -> list[Path]:
         """Return what is mounted here."""
         return [mount.path for mount in mountpoint.mounts() if self.models.parent in mount.path.parents]
@@ -112,9 +124,15 @@ def test_everything_is_loaded_twice_and_can_be_kept(place: Place) -> None:
     assert all(fetched != "0 B" and requests for _, fetched, requests in rows(first))
     assert rows(second) == [(name, "0 B", 0) for name in LOADS]
 
-    config = place.models / "minilm" / "README.md"  # no loader reads it: the stores are there
-    assert harness.read_by("cat", str(config)).stdout.startswith("---")
-    harness.modelfs("umount", str(place.models), env=place.env)
+    unread = place.models / "minilm" / "README.md"  # by the loaders: the stores are there
+    assert harness.read_by("cat", str(unread)).stdout.startswith("---")
+    shown = [place.shell(command) for command in re.findall(r"^ +\$ (.+)$", second, re.MULTILINE)]
+    assert [
+        "model.joblib" in shown[0],
+        "minilm  ready" in re.sub(" +", "  ", shown[1]),
+        "'mount'" in shown[2],
+    ] == [True] * 3
+    assert shown[3] == f"unmounted {place.models}\n"
     place.await_end()
 
 
