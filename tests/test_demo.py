@@ -127,11 +127,9 @@ def test_everything_is_loaded_twice_and_can_be_kept(place: Place) -> None:
     unread = place.models / "minilm" / "README.md"  # by the loaders: the stores are there
     assert harness.read_by("cat", str(unread)).stdout.startswith("---")
     shown = [place.shell(command) for command in re.findall(r"^ +\$ (.+)$", second, re.MULTILINE)]
-    assert [
-        "model.joblib" in shown[0],
-        "minilm  ready" in re.sub(" +", "  ", shown[1]),
-        "'mount'" in shown[2],
-    ] == [True] * 3
+    assert "model.joblib" in shown[0]
+    assert re.search(r"^minilm +ready ", shown[1], re.MULTILINE)
+    assert "'mount'" in shown[2]
     assert shown[3] == f"unmounted {place.models}\n"
     place.await_end()
 
