@@ -40,6 +40,9 @@ ABSENT_SECONDS = 30.0
 PARALLEL = 8
 """Most models resolved at the same time."""
 
+FOUND = "found on demand"
+"""Name under which the models that were found on demand are kept on disk: path → URL."""
+
 State = Literal["resolving", "ready", "unavailable"]
 
 
@@ -56,6 +59,7 @@ class Model:
         why: why it is unavailable, or why the snapshot on disk is used.
         resolved_at: when `snapshot` was resolved, seconds since the epoch.
         offline: whether `snapshot` came from disk and the store has not confirmed it since.
+        on_demand: whether it was found in an on-demand namespace.
 
     """
 
@@ -67,6 +71,7 @@ class Model:
     why: str | None = None
     resolved_at: float | None = None
     offline: bool = False
+    on_demand: bool = False
     lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -152,19 +157,22 @@ class Catalog:
         """Show the on-demand namespace `name`, one of `NAMESPACES`."""
         self.tree.put((name,), Directory(inode(name, "", "namespace"), resolver=NAMESPACES[name](name)))
 
-    async def start(self, nursery: trio.Nursery, *, keep_going: bool) -> None:
+    async def start(self, nursery: trio.Nursery, *, keep_going: bool, at_once: bool = False) -> None:
         """Resolve all models and show them; return when each is ready or may be missing.
 
-        A model with a snapshot on disk waits for its store for `PATIENCE` seconds only.
+        A model with a snapshot on disk waits for its store for `PATIENCE` seconds only; with `at_once` not at
+        all, and what was found on demand is shown again: the kernel knows the nodes of these snapshots.
 
         Raises:
             StoreError: a model that is not optional cannot be resolved and has no snapshot on disk; the
                 message names it.
 
         """
+        patience = 0.0 if at_once else PATIENCE
+        await (self._find_again() if at_once else self._remember_found())
         async with trio.open_nursery() as starting:
             for model in list(self.models.values()):
-                starting.start_soon(self._begin, nursery, model)
+                starting.start_soon(self._begin, nursery, model, patience)
         for model in self.models.values():
             if model.state == "unavailable" and not (model.optional or keep_going):
                 raise StoreError(
@@ -213,7 +221,7 @@ class Catalog:
         if model.snapshot is None:
             model.state = "unavailable"
 
-    async def _begin(self, nursery: trio.Nursery, model: Model) -> None:
+    async def _begin(self, nursery: trio.Nursery, model: Model, patience: float) -> None:
         saved = await self._load(model)
         settled = trio.Event()
 
@@ -225,17 +233,22 @@ class Catalog:
             finally:
                 settled.set()
 
-        if saved is None:
+        if saved is None and patience:
             await resolve()
             return
-        nursery.start_soon(resolve)
-        with trio.move_on_after(PATIENCE):
-            await settled.wait()
-        if model.snapshot is None:
+        if patience:
+            nursery.start_soon(resolve)
+            with trio.move_on_after(patience):
+                await settled.wait()
+        if model.snapshot is None and saved is not None:
             model.snapshot, model.resolved_at = saved
             model.offline, model.state = True, "ready"
-            log.warning("%s: using the snapshot on disk, %s", model.name, model.why or "its store is slow")
+            if patience:
+                why = model.why or "its store is slow"
+                log.warning("%s: using the snapshot on disk, %s", model.name, why)
             self._show(model)
+        if not patience:
+            nursery.start_soon(resolve)
 
     async def _resolve(self, model: Model, *, seconds: float) -> None:
         """Ask the store for a snapshot, and show it if it is new; retry failures for `seconds`."""
@@ -248,6 +261,7 @@ class Catalog:
             model.resolved_at = time.time()
             if known is None or known.revision != snapshot.revision or known.entries != snapshot.entries:
                 model.snapshot = snapshot
+                await self._save(model, known)  # first: a successor must know what the kernel has seen
                 log.info(
                     "%s: %s at %s, %d entries",
                     model.name,
@@ -258,7 +272,6 @@ class Catalog:
                 for path, reason in snapshot.rejected:
                     log.warning("%s: %r is not shown: %s", model.name, path, reason)
                 self._show(model)
-                await self._save(model)
 
     def _show(self, model: Model) -> None:
         if model.snapshot is None:
@@ -303,11 +316,48 @@ class Catalog:
             log.warning("%s: the snapshot on disk cannot be used: %s", model.name, error)
             return None
 
-    async def _save(self, model: Model) -> None:
+    async def _save(self, model: Model, before: Snapshot | None) -> None:
         if model.snapshot is None:
             return
+        if before is not None:
+            past = {"snapshot": before.to_json()}
+            await trio.to_thread.run_sync(self._cache.set_meta, f"past {self._saved_key(model)}", past)
         data = {"snapshot": model.snapshot.to_json(), "resolved_at": model.resolved_at}
         await trio.to_thread.run_sync(self._cache.set_meta, self._saved_key(model), data)
+
+    async def recall(self, inos: set[int]) -> None:
+        """Let the tree know nodes again that left it before this process began, as far as they are on disk.
+
+        The kernel may have files of the snapshot before the present one open.
+        """
+        for model in self.models.values():
+            missing = {ino for ino in inos if self.tree.node(ino) is None}
+            key = f"past {self._saved_key(model)}"
+            past = await trio.to_thread.run_sync(self._cache.get_meta, key) if missing else None
+            if past is None:
+                continue
+            for entry in Snapshot.from_json(past["snapshot"]).entries.values():
+                node = leaf(model.name, entry, model) if entry.kind != "directory" else None
+                if node is not None and node.ino in missing:
+                    self.tree.remember(node)
+
+    async def _remember_found(self) -> None:
+        """Note what was found on demand, for a successor."""
+        found = {path: model.source.url for path, model in self.models.items() if model.on_demand}
+        await trio.to_thread.run_sync(self._cache.set_meta, FOUND, found)
+
+    async def _find_again(self) -> None:
+        """Add the models that were found on demand before this process began."""
+        found = await trio.to_thread.run_sync(self._cache.get_meta, FOUND)
+        for path, url in (found or {}).items():
+            directory = self.tree.root
+            for parent in path.split("/")[:-1]:
+                child = directory.children.get(parent) or await self._find(directory, parent)
+                if not isinstance(child, Directory):
+                    break
+                directory = child
+            else:
+                self.add(path, url, self._options_for(url), optional=True).on_demand = True
 
     # -- on demand -------------------------------------------------------------------------------------
 
@@ -357,6 +407,7 @@ class Catalog:
         if url.startswith("s3://"):
             url += "/"
         model = self.models.get(path) or self.add(path, url, self._options_for(url), optional=True)
+        model.on_demand = True
         try:
             await self._resolve(model, seconds=0.0)
         except NotFound:
@@ -370,6 +421,7 @@ class Catalog:
             model.snapshot, model.resolved_at = saved
             model.offline, model.state, model.why = True, "ready", str(error)
             self._show(model)
+        await self._remember_found()
         return parent.children.get(name)
 
     async def _find_entry(self, parent: Directory, name: str, model: Model) -> Node:

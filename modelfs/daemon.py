@@ -21,6 +21,7 @@ from modelfs.errors import ModelfsError, MountError
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
 from modelfs.fuse import mountpoint
+from modelfs.fuse.ledger import Held
 from modelfs.fuse.operations import Operations
 from modelfs.fuse.transport import Transport, connect
 from modelfs.fuse.tuning import tune
@@ -33,15 +34,22 @@ DRAIN_SECONDS = 10.0
 """How long open files are served after the daemon was asked to stop."""
 
 
-def run(settings: Settings, *, ready: Callable[[], None]) -> None:
+def run(settings: Settings, *, ready: Callable[[], None], held: Held | None = None) -> bool:
     """Mount, call `ready` when the tree answers, and serve until it is unmounted or SIGTERM or SIGINT comes.
+
+    Args:
+        settings: what to mount, and where.
+        ready: called once.
+        held: what a holder keeps. If an earlier daemon had mounted already, its mount is taken over.
+
+    Returns whether the mount was left to a successor.
 
     Raises:
         ModelfsError: the mount could not be made; nothing is left mounted then.
 
     """
     try:
-        trio.run(partial(_main, settings, ready), strict_exception_groups=True)
+        return trio.run(partial(_main, settings, ready, held), strict_exception_groups=True)
     except BaseExceptionGroup as group:
         known = group.subgroup(ModelfsError)
         if known is None:
@@ -54,10 +62,11 @@ def _first(group: BaseExceptionGroup[ModelfsError]) -> ModelfsError:
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
-async def _main(settings: Settings, ready: Callable[[], None]) -> None:
+async def _main(settings: Settings, ready: Callable[[], None], held: Held | None) -> bool:
     metrics = Metrics()
     place = mountpoint.canonical(settings.mountpoint)
-    await trio.to_thread.run_sync(partial(mountpoint.prepare, place, allow_other=settings.allow_other))
+    if not (held and held.mounted):
+        await trio.to_thread.run_sync(partial(mountpoint.prepare, place, allow_other=settings.allow_other))
     cache = await trio.to_thread.run_sync(
         partial(
             Cache,
@@ -68,15 +77,18 @@ async def _main(settings: Settings, ready: Callable[[], None]) -> None:
         )
     )
     client = RangeClient(metrics=metrics, connections=settings.connections)
+    left = False
     try:
         async with trio.open_nursery() as nursery:
-            daemon = Daemon(settings, nursery, cache, client, metrics)
-            await daemon.serve(ready)
+            daemon = Daemon(settings, nursery, cache, client, metrics, held)
+            left = await daemon.serve(ready)
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
             client.close()
-            await trio.to_thread.run_sync(cache.close)
+            # A successor shall not wait for the disk.
+            await trio.to_thread.run_sync(partial(cache.close, sync=not left))
+    return left
 
 
 class Daemon:
@@ -89,8 +101,13 @@ class Daemon:
         cache: Cache,
         client: RangeClient,
         metrics: Metrics,
+        held: Held | None,
     ) -> None:
         self.metrics = metrics
+        self._held = held
+        self._succeeding = held is not None and held.mounted
+        self._serving = self._succeeding
+        self._left = False
         self._settings = settings
         self._nursery = nursery
         self._cache = cache
@@ -121,21 +138,21 @@ class Daemon:
         if self._transport is not None and changes:
             self._nursery.start_soon(self._transport.invalidate, changes)
 
-    async def serve(self, ready: Callable[[], None]) -> None:
+    async def serve(self, ready: Callable[[], None]) -> bool:
         """Mount and serve until the end; see :func:`run`."""
         settings = self._settings
         for model in settings.models:
             self._catalog.add(model.name, model.sources[0], model.options, optional=model.optional)
         for namespace in settings.namespaces:
             self._catalog.add_namespace(namespace)
-        await self._catalog.start(self._nursery, keep_going=settings.keep_going)
-        operations = Operations(self._tree, self._catalog, self.metrics)
+        await self._catalog.start(self._nursery, keep_going=settings.keep_going, at_once=self._succeeding)
         self._transport, self._why = connect(
             settings.transport,
-            operations,
+            lambda first: Operations(self._tree, self._catalog, self.metrics, first=first),
             self._place,
             allow_other=settings.allow_other,
             cache=self._cache.directory,
+            held=self._held,
         )
         log.info(
             "mounted on %s by %s (%s), modelfs %s, pid %d",
@@ -152,10 +169,13 @@ class Daemon:
                 nursery.start_soon(self._stop_when_asked, nursery.cancel_scope)
                 nursery.start_soon(self._announce, nursery, ready)
                 await self._transport.run()
-                log.info("unmounted from %s", self._place)
+                log.info("left %s to a successor" if self._left else "unmounted from %s", self._place)
                 nursery.cancel_scope.cancel()
         finally:
-            self._transport.close(unmount=True)
+            # Whatever else went wrong: a successor can go on as long as the mount is there.
+            lost = self._held is None or not self._serving or self._stopping.is_set()
+            self._transport.close(unmount=lost)
+        return self._left
 
     async def _announce(self, nursery: trio.Nursery, ready: Callable[[], None]) -> None:
         """Say that the mount is there once it answers; a thread asks, because this loop has to answer."""
@@ -164,6 +184,7 @@ class Daemon:
         if mount is not None:
             await trio.to_thread.run_sync(tune, mount.device)
         await nursery.start(control.serve, self, control.socket_path(self._place))
+        self._serving = True
         ready()
 
     async def _watch_signals(self) -> None:
@@ -189,6 +210,18 @@ class Daemon:
         """Begin to unmount and end; returns at once."""
         self._stopping.set()
 
+    def hand_over(self) -> None:
+        """Begin to leave the mount to a successor; returns at once.
+
+        Raises:
+            MountError: there is nobody who would start one, or the transport cannot.
+
+        """
+        if self._held is None or self._transport is None:
+            raise MountError(f"nobody holds the mount on {self._place}: umount and mount again")
+        self._transport.leave()
+        self._left = True
+
     async def refresh(self, model: str | None) -> dict[str, Any]:
         """Resolve one model, or all, now; return their status."""
         return {"models": [self._catalog.report(m) for m in await self._catalog.refresh(model)]}
@@ -202,6 +235,8 @@ class Daemon:
             "version": 1,
             "modelfs": __version__,
             "pid": os.getpid(),
+            "holder_pid": os.getppid() if self._held else None,
+            "handovers": self._held.handovers if self._held else 0,
             "mountpoint": str(self._place),
             "started": self._started,
             "transport": {

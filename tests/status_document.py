@@ -8,6 +8,8 @@ from typing import Any
 _DOCUMENT: dict[str, Any] = {
     "version": 1,
     "modelfs": "0.1.0",
+    "holder_pid": None,
+    "handovers": 0,
     "pid": 4242,
     "mountpoint": "/models",
     "started": 1_700_000_000.0,

@@ -12,7 +12,7 @@ ROOT = Path(modelfs.__file__).parent
 # Top to bottom. Modules of one layer do not import each other, but a package's own modules may.
 LAYERS: list[set[str]] = [
     {"cli"},
-    {"daemon"},
+    {"daemon", "holder"},
     {"control"},
     {"config"},
     {"fuse"},

@@ -374,7 +374,7 @@ class Cache:
                 _log.warning("%s: %s; every block is checked before it is served", clean, error)
         survived = raw is None and self._is_of_this_boot()
         index = Index.scan(self._objects, self.metrics, trusted=survived)
-        self._unclean = len(index) > 0
+        self._unclean = len(index) > 0 and not survived
         if raw is None and len(index):
             what = (
                 "its process ended, the machine did not" if survived else "every block is checked before use"

@@ -175,9 +175,14 @@ def mount(
 
 
 @app.command("daemon", hidden=True)
-def _daemon(ready_fd: Annotated[int, typer.Option()]) -> None:
+def _daemon(
+    ready_fd: Annotated[int | None, typer.Option()] = None,
+    device_fd: Annotated[int | None, typer.Option()] = None,
+    ledger_fd: Annotated[int | None, typer.Option()] = None,
+) -> None:
     """Be the daemon of a mount in the background; started by modelfs mount, not by people."""
-    launch.serve_background(ready_fd)
+    held = None if device_fd is None or ledger_fd is None else (device_fd, ledger_fd)
+    launch.serve_background(ready_fd, held)
 
 
 @app.command()

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import modelfs
-from modelfs import control
+from modelfs import control, holder
 from modelfs.config import Settings
 from modelfs.errors import ModelfsError, MountError
 from modelfs.fuse import mountpoint
+from modelfs.fuse.ledger import Held
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +84,20 @@ def foreground(settings: Settings) -> None:
     if settings.log_file is not None:
         _open_log(settings.log_file).close()
     log_to(settings.log_file, settings.log_level)
-    _run_daemon(settings, lambda: log.info("ready: %s", settings.mountpoint))
+    _run_daemon(settings, lambda: log.info("ready: %s", settings.mountpoint), None)
 
 
-def _run_daemon(settings: Settings, ready: Callable[[], None]) -> None:
+def _run_daemon(settings: Settings, ready: Callable[[], None], held: Held | None) -> None:
+    """Run the daemon; end the process with `holder.LEFT` if it left its mount to a successor."""
     from modelfs import daemon  # libfuse, libcurl and more: only the daemon's process pays for them
 
-    daemon.run(settings, ready=ready)
+    if daemon.run(settings, ready=ready, held=held):
+        raise SystemExit(holder.LEFT)
+
+
+def _is_held(settings: Settings) -> bool:
+    """Return whether a holder shall keep the mount, so that it outlives its daemon."""
+    return settings.transport != "pyfuse3" and os.geteuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
 
 
 def background(settings: Settings) -> dict[str, Any]:
@@ -106,7 +114,10 @@ def background(settings: Settings) -> dict[str, Any]:
     with _open_log(file) as output, os.fdopen(ready, "rb", buffering=0) as answers:
         start = output.seek(0, os.SEEK_END)
         # -P: the working directory is no place to import from.
-        command = [sys.executable, "-P", "-m", "modelfs", "daemon", "--ready-fd", str(told)]
+        words = ["modelfs", "daemon", "--ready-fd", str(told)]
+        if _is_held(settings):
+            words = ["modelfs.holder", str(settings.mountpoint), str(told)]
+        command = [sys.executable, "-P", "-m", *words]
         process = subprocess.Popen(  # noqa: S603  # our own words
             command,
             stdin=subprocess.PIPE,
@@ -176,19 +187,29 @@ def _abandon(process: subprocess.Popen[bytes], path: Path) -> None:
         mountpoint.detach(path, lazy=True)
 
 
-def serve_background(ready_fd: int) -> None:
-    """Be the daemon that `background` started: settings on standard input, one line of JSON to `ready_fd`."""
+def serve_background(ready_fd: int | None, held: tuple[int, int] | None) -> None:
+    """Be the daemon that `background` or the holder started, with the settings on standard input.
+
+    Args:
+        ready_fd: where one line of JSON says that the mount answers or why not.
+        held: the descriptors of the device and the ledger.
+
+    """
     settings = Settings.from_json(json.load(sys.stdin))
-    os.set_inheritable(ready_fd, False)
+    for fd in (ready_fd, *(held or ())):
+        if fd is not None:
+            os.set_inheritable(fd, False)
     os.chdir("/")  # keep no directory busy
     log_to(None, settings.log_level)  # standard error is the log file
 
     def tell(answer: dict[str, str | bool]) -> None:
+        if ready_fd is None:
+            return
         with suppress(OSError), os.fdopen(ready_fd, "w") as pipe:  # closed: told already, or nobody waits
             pipe.write(json.dumps(answer) + "\n")
 
     try:
-        _run_daemon(settings, lambda: tell({"ok": True}))
+        _run_daemon(settings, lambda: tell({"ok": True}), Held(*held) if held else None)
     except Exception as error:
         known = isinstance(error, ModelfsError)
         log.error("%s", error, exc_info=None if known else error)

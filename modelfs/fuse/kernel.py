@@ -40,14 +40,16 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import trio
 
 from modelfs.cache import Loan, Place
 from modelfs.errors import MountError
+from modelfs.fuse import ledger as ledgers
 from modelfs.fuse import mountpoint as mountpoints
 from modelfs.fuse import wire
+from modelfs.fuse.ledger import Ledger
 from modelfs.fuse.operations import Attributes, Operations
 from modelfs.fuse.wire import Init, Opcode, Opening, Request
 from modelfs.tree import Change
@@ -67,6 +69,9 @@ STACK_DEPTH = 2
 BATCH = 32
 """Requests read before other tasks get their turn."""
 
+LEAVE_SECONDS = 10.0
+"""How long what was begun may take when a successor waits; the kernel asks the successor for the rest."""
+
 HANDSHAKE_SECONDS = 10.0
 """How long the kernel may take to begin the conversation after mounting."""
 
@@ -81,6 +86,7 @@ WANTED = (
     | Init.EXPLICIT_INVAL_DATA
     | Init.INIT_EXT
     | Init.PASSTHROUGH
+    | Init.HAS_RESEND
 )
 """Never WRITEBACK_CACHE: with it the kernel refuses passthrough without a word."""
 
@@ -139,7 +145,7 @@ Outcome = Reply | Coroutine[Any, Any, Reply | None] | None
 
 @dataclass(slots=True)
 class _Inode:
-    """An inode with open handles: how many, and what backs them if the kernel reads it itself."""
+    """An inode with open handles: how many, and the id of what backs them, 0 if they are read through us."""
 
     handles: int = 0
     backing: int = 0
@@ -149,40 +155,85 @@ class _Inode:
 class Transport:
     """A mount made by ourselves, answered by trio.
 
+    Made by `mount` or `adopt`; `run` then answers.
+
     Args:
         operations: what answers.
         mountpoint: an existing directory.
-        allow_other: other users may read too.
-        cache: the directory with the data files: can the kernel read from there without us?
+        device: a descriptor of ``/dev/fuse``; closed in the end.
+        ledger: what a successor must know.
 
     Attributes:
         passthrough: whether complete files are read by the kernel itself.
         why: why or why not.
 
-    Raises:
-        MountError: the kernel refused; nothing is mounted.
-
     """
 
     name = "kernel"
 
-    def __init__(self, operations: Operations, mountpoint: Path, *, allow_other: bool, cache: Path) -> None:
+    def __init__(self, operations: Operations, mountpoint: Path, device: int, ledger: Ledger) -> None:
+        self.passthrough = ledger.passthrough
+        self.why = "the kernel reads complete files without the daemon"
         self._ops = operations
         self._mountpoint = mountpoint
+        self._device = device
+        self._ledger = ledger
         self._buffer = memoryview(bytearray(wire.READ_BUFFER))
         self._inodes: dict[int, _Inode] = {}
         self._running: dict[int, tuple[int, trio.CancelScope]] = {}
         self._notices = trio.CapacityLimiter(1)
         self._mounted = False
+        self._leaving = trio.Event()
         self._pipe = _Pipe()
-        self._device = _open_device()
+
+    @classmethod
+    def mount(
+        cls,
+        operations: Operations,
+        mountpoint: Path,
+        device: int,
+        ledger: Ledger,
+        *,
+        allow_other: bool,
+        cache: Path,
+        demanding: bool,
+    ) -> Self:
+        """Mount, and agree on terms with the kernel.
+
+        Args:
+            operations: what answers.
+            mountpoint: an existing directory.
+            device: a descriptor of ``/dev/fuse`` that was not used yet; closed in the end.
+            ledger: an empty one.
+            allow_other: other users may read too.
+            cache: the directory with the data files: can the kernel read from there without us?
+            demanding: whether a mount without passthrough is none.
+
+        Raises:
+            MountError: the kernel refused; nothing is mounted.
+
+        """
+        own = cls(operations, mountpoint, device, ledger)
         try:
-            _mount(self._device, mountpoint, allow_other=allow_other)
-            self._mounted = True
-            self.passthrough, self.why = self._negotiate(cache)
+            _mount(device, mountpoint, allow_other=allow_other)
+            own._mounted = True
+            flags, refusal = own._negotiate(cache)
+            if refusal and demanding:
+                raise MountError(refusal)
+            own.passthrough, own.why = refusal is None, refusal or own.why
+            ledger.begin(flags, passthrough=own.passthrough)
         except BaseException:
-            self.close(unmount=True)
+            own.close(unmount=True)
             raise
+        return own
+
+    @classmethod
+    def adopt(cls, operations: Operations, mountpoint: Path, device: int, ledger: Ledger) -> Self:
+        """Go on with a mount that another process made and served until it ended."""
+        own = cls(operations, mountpoint, device, ledger)
+        own._mounted = True
+        ledger.begin(ledger.flags, passthrough=ledger.passthrough)
+        return own
 
     def close(self, *, unmount: bool) -> None:
         """Give the device up, and unmount if that has not happened yet."""
@@ -191,8 +242,32 @@ class Transport:
         os.close(self._device)
         self._pipe.close()
 
-    def _negotiate(self, cache: Path) -> tuple[bool, str]:
-        """Answer INIT, which the kernel sends first; return whether and why there is passthrough."""
+    def leave(self) -> None:
+        """Let `run` return once what was begun is answered; what comes from now on is a successor's."""
+        self._leaving.set()
+
+    async def _take_over(self) -> None:
+        """Open again what is open, and ask for every request that our predecessor did not answer."""
+        await self._ops.recall({line.node for line in self._ledger.lines()})
+        for line in self._ledger.lines():
+            try:
+                if line.kind == ledgers.DIRECTORY:
+                    self._ops.adopt_directory(line.node, line.handle)
+                    continue
+                await self._ops.adopt(line.node, line.handle)
+            except OSError as error:
+                log.warning("an open file cannot be served any more: %s", error)
+            inode = self._inodes.setdefault(line.node, _Inode())
+            inode.handles += 1
+            if line.kind == ledgers.BACKED and not inode.backing:
+                inode.backing = line.backing
+                with contextlib.suppress(OSError):  # the kernel reads the file it has, whatever became of it
+                    inode.loan = await self._ops.lend(line.handle)
+        log.info("took the mount over with %d open handles", len(self._ledger.lines()))
+        await trio.to_thread.run_sync(self._notify, wire.resend())
+
+    def _negotiate(self, cache: Path) -> tuple[Init, str | None]:
+        """Answer INIT, which the kernel sends first; return the terms and why there is no passthrough."""
         poll = select.poll()
         poll.register(self._device, select.POLLIN)
         if not poll.poll(HANDSHAKE_SECONDS * 1000):
@@ -215,11 +290,9 @@ class Transport:
         )
         self._write(request.unique, (wire.init_out(terms),))
         if Init.PASSTHROUGH not in flags:
-            return False, f"Linux {os.uname().release} has no FUSE passthrough (6.9 has)"
+            return flags, f"Linux {os.uname().release} has no FUSE passthrough (6.9 has)"
         refusal = self._try_backing(cache)
-        if refusal:
-            return False, f"the kernel cannot read {cache} without the daemon: {refusal}"
-        return True, "the kernel reads complete files without the daemon"
+        return flags, refusal and f"the kernel cannot read {cache} without the daemon: {refusal}"
 
     def _try_backing(self, cache: Path) -> str | None:
         """Return why files in `cache` cannot back ours, or None if they can."""
@@ -235,13 +308,22 @@ class Transport:
     # -- the conversation ------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Answer requests until the tree is unmounted or the caller is cancelled."""
+        """Answer requests until the tree is unmounted, the caller is cancelled or `leave` was called."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            while self._mounted:
-                await trio.lowlevel.wait_readable(self._device)
-                self._read_some()
-            nursery.cancel_scope.cancel()
+            if self._ledger.incarnation > 1:
+                await self._take_over()
+            async with trio.open_nursery() as reading:
+                reading.start_soon(self._stop_reading, reading.cancel_scope)
+                while self._mounted:
+                    await trio.lowlevel.wait_readable(self._device)
+                    self._read_some()
+                reading.cancel_scope.cancel()
+            nursery.cancel_scope.deadline = trio.current_time() + (LEAVE_SECONDS if self._mounted else 0)
+
+    async def _stop_reading(self, reading: trio.CancelScope) -> None:
+        await self._leaving.wait()
+        reading.cancel()
 
     def _read_some(self) -> None:
         """Read and begin to answer what is there, up to `BATCH` requests."""
@@ -395,7 +477,12 @@ class Transport:
     def _opendir(self, request: Request) -> Reply:
         wire.fields(request.opcode, request.body)
         handle = self._ops.opendir(request.node)
-        return Reply((wire.open_out(handle, Opening(0)),), partial(self._ops.releasedir, handle))
+        self._note(request, handle, 0, ledgers.DIRECTORY)
+        return Reply((wire.open_out(handle, Opening(0)),), partial(self._close_directory, handle))
+
+    def _close_directory(self, handle: int) -> None:
+        self._ops.releasedir(handle)
+        self._ledger.close(handle)
 
     def _readdir(self, request: Request) -> Reply:
         handle, start, room, *_ = wire.fields(request.opcode, request.body)
@@ -418,16 +505,27 @@ class Transport:
 
     def _releasedir(self, request: Request) -> Reply:
         handle, *_ = wire.fields(request.opcode, request.body)
-        self._ops.releasedir(handle)
+        self._close_directory(handle)
         return Reply()
 
     # -- files -----------------------------------------------------------------------------------------
 
     def _open(self, request: Request) -> Outcome:
         flags, _ = wire.fields(request.opcode, request.body)
-        return self._open_later(request.node, flags)
+        return self._open_later(request, flags)
 
-    async def _open_later(self, node: int, flags: int) -> Reply:
+    def _note(self, request: Request, handle: int, backing: int, kind: int) -> None:
+        self._ledger.open(ledgers.Line(handle, request.node, request.unique & ~wire.RESENT, backing, kind))
+
+    def _forget_unanswered(self, request: Request) -> None:
+        """Close what our predecessor opened for a request whose answer the kernel did not get."""
+        for line in self._ledger.lines() if request.unique & wire.RESENT else ():
+            if line.request == request.unique & ~wire.RESENT and line.kind != ledgers.DIRECTORY:
+                self._close(line.node, line.handle)
+
+    async def _open_later(self, request: Request, flags: int) -> Reply:
+        node = request.node
+        self._forget_unanswered(request)
         opened = await self._ops.open(node, flags)
         try:
             wanted = self.passthrough and node not in self._inodes
@@ -444,8 +542,10 @@ class Transport:
         elif loan is not None:
             self._give_back(loan)  # another open of this inode was faster
         inode.handles += 1
+        kind = ledgers.BACKED if inode.backing else ledgers.CACHED
+        self._note(request, opened.handle, inode.backing, kind)
         undo = partial(self._close, node, opened.handle)
-        if inode.loan is not None:
+        if inode.backing:
             return Reply((wire.open_out(opened.handle, Opening.PASSTHROUGH, inode.backing),), undo)
         keep = Opening.KEEP_CACHE if opened.keep_cache else Opening(0)
         return Reply((wire.open_out(opened.handle, keep),), undo)
@@ -463,13 +563,17 @@ class Transport:
         self._nursery.start_soon(trio.to_thread.run_sync, loan.close)
 
     def _close(self, node: int, handle: int) -> None:
+        if handle not in self._ledger:
+            return  # a RELEASE that our predecessor had done, but not answered
         inode = self._inodes[node]
         inode.handles -= 1
         if not inode.handles:
             del self._inodes[node]
-            if inode.loan is not None:
+            if inode.backing:
                 self._close_backing(inode.backing)
+            if inode.loan is not None:
                 self._give_back(inode.loan)
+        self._ledger.close(handle)
         self._ops.release(handle)
 
     def _open_backing(self, fd: int) -> int:
@@ -633,7 +737,13 @@ def _is_dying(pid: int) -> bool:
     return any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)
 
 
-def _open_device() -> int:
+def open_device() -> int:
+    """Return a new descriptor of ``/dev/fuse``: a conversation with the kernel that begins with a mount.
+
+    Raises:
+        MountError: it is missing or not ours to use.
+
+    """
     try:
         return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
+from operator import itemgetter
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from modelfs.cache import Loan, Place
@@ -99,17 +100,23 @@ def answering_later(
 class Operations:
     """The operations of one mount; all belong to the trio thread.
 
+    Args:
+        tree: names and nodes.
+        catalog: what is behind them.
+        metrics: what is counted.
+        first: the first number of a handle; who takes a mount over needs others than were given before.
+
     Those that are plain functions never wait. `lookup`, `open`, `read`, `place` and `lend` may wait for a
     store or a disk; `lookup_now` and `place_now` do what they can without, for transports that use it.
     """
 
-    def __init__(self, tree: Tree, catalog: Catalog, metrics: Metrics) -> None:
+    def __init__(self, tree: Tree, catalog: Catalog, metrics: Metrics, *, first: int = 1) -> None:
         self.metrics = metrics
         self._tree = tree
         self._catalog = catalog
         self._handles: dict[int, Reader | bytes] = {}
         self._listings: dict[int, list[tuple[str, Node]]] = {}
-        self._numbers = count(1)
+        self._numbers = count(first)
         self.owner = (os.getuid(), os.getgid())
 
     def answer_to(self, error: Exception, operation: str) -> OSError:
@@ -189,6 +196,9 @@ class Operations:
         """Open a file for reading; ``O_DIRECT`` is fine, anything that writes is ``EROFS``."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise OSError(errno.EROFS, "the tree is read-only")
+        return await self._open(ino, next(self._numbers))
+
+    async def _open(self, ino: int, handle: int) -> Opened:
         node = self._node(ino)
         content: Reader | bytes
         match node:
@@ -198,15 +208,30 @@ class Operations:
                 content, keep = node.content, True
             case _:
                 raise OSError(errno.EISDIR if isinstance(node, Directory) else errno.EINVAL, "not a file")
-        handle = next(self._numbers)
         self._handles[handle] = content
         self.metrics.open_handles.inc()
         return Opened(handle, keep)
 
     @answering_later
+    async def recall(self, inos: set[int]) -> None:
+        """Know nodes again that the kernel has open and that an earlier daemon knew, as far as possible."""
+        await self._catalog.recall(inos)
+
+    @answering_later
+    async def adopt(self, ino: int, handle: int) -> None:
+        """Open a file under the handle that an earlier daemon gave it."""
+        await self._open(ino, handle)
+
+    def _content(self, handle: int) -> Reader | bytes:
+        try:
+            return self._handles[handle]
+        except KeyError:
+            raise OSError(errno.ESTALE, f"no handle {handle}") from None
+
+    @answering_later
     async def read(self, handle: int, offset: int, size: int) -> Buffer:
         """Return the bytes ``[offset, offset + size)`` of an open file, fewer only at its end."""
-        content = self._handles[handle]
+        content = self._content(handle)
         if isinstance(content, bytes):
             return content[offset : offset + size]
         return await content.read(offset, size)
@@ -214,7 +239,7 @@ class Operations:
     @answering
     def place_now(self, handle: int, offset: int, size: int) -> Place | Buffer | None:
         """Return where the bytes that `read` returns lie, or the bytes; None if that needs waiting."""
-        content = self._handles[handle]
+        content = self._content(handle)
         if isinstance(content, bytes):
             return content[offset : offset + size]
         return content.place_now(offset, size)
@@ -222,7 +247,7 @@ class Operations:
     @answering_later
     async def place(self, handle: int, offset: int, size: int) -> Place | Buffer:
         """Return where the bytes that `read` returns lie, or the bytes."""
-        content = self._handles[handle]
+        content = self._content(handle)
         if isinstance(content, bytes):
             return content[offset : offset + size]
         return await content.place(offset, size)
@@ -230,13 +255,14 @@ class Operations:
     @answering_later
     async def lend(self, handle: int) -> Loan | None:
         """Return the data file behind an open file for the kernel to read, or None; see `Reader.lend`."""
-        content = self._handles[handle]
+        content = self._content(handle)
         return None if isinstance(content, bytes) else await content.lend()
 
     @answering
     def release(self, handle: int) -> None:
         """Close an open file."""
-        content = self._handles.pop(handle)
+        content = self._content(handle)
+        del self._handles[handle]
         self.metrics.open_handles.dec()
         if not isinstance(content, bytes):
             content.close()
@@ -244,15 +270,22 @@ class Operations:
     @answering
     def opendir(self, ino: int) -> int:
         """Open a directory; what it lists stays as it is now until it is closed."""
-        directory = self._directory(ino)
         handle = next(self._numbers)
-        self._listings[handle] = list(directory.children.items())
+        self.adopt_directory(ino, handle)
         return handle
+
+    @answering
+    def adopt_directory(self, ino: int, handle: int) -> None:
+        """Open a directory under the handle that an earlier daemon gave it."""
+        # In the same order for every daemon: a listing goes on from its position. Mostly sorted already.
+        self._listings[handle] = sorted(self._directory(ino).children.items(), key=itemgetter(0))
 
     @answering
     def readdir(self, handle: int, start: int) -> Iterator[Listed]:
         """Return the names of an open directory from position `start` on, made as they are asked for."""
-        listing = self._listings[handle]
+        listing = self._listings.get(handle)
+        if listing is None:
+            raise OSError(errno.ESTALE, f"no handle {handle}")
         return (
             Listed(name, self.attributes(node), node, position + 1)
             for position, (name, node) in enumerate(islice(listing, start, None), start)
@@ -261,7 +294,7 @@ class Operations:
     @answering
     def releasedir(self, handle: int) -> None:
         """Close an open directory."""
-        del self._listings[handle]
+        self._listings.pop(handle, None)
 
     def remember(self, node: Node) -> None:
         """Count that a listing taught the kernel `node`'s number."""

@@ -167,6 +167,15 @@ class Transport:
             pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
             await trio.lowlevel.checkpoint()
 
+    def leave(self) -> None:
+        """Raise: this mount ends with its process.
+
+        Raises:
+            MountError: always.
+
+        """
+        raise MountError("a mount through pyfuse3 cannot be left to a successor: umount and mount again")
+
     def close(self, *, unmount: bool) -> None:
         """Give the session up, and unmount if that has not happened yet."""
         pyfuse3.close(unmount=unmount)

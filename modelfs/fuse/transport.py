@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
 from modelfs.errors import MountError
 from modelfs.fuse import kernel
+from modelfs.fuse.ledger import Held, Ledger
 from modelfs.fuse.operations import Operations
 from modelfs.tree import Change
 
@@ -32,23 +33,33 @@ class Transport(Protocol):
     async def invalidate(self, changes: Iterable[Change]) -> None:
         """Make the kernel look up the changed names anew."""
 
+    def leave(self) -> None:
+        """Let `run` return once what was begun is answered, and leave the mount to a successor."""
+
     def close(self, *, unmount: bool) -> None:
         """Give the device up, and unmount if that has not happened yet."""
 
 
 def connect(
-    wanted: Wanted, operations: Operations, mountpoint: Path, *, allow_other: bool, cache: Path
+    wanted: Wanted,
+    operations: Callable[[int], Operations],
+    mountpoint: Path,
+    *,
+    allow_other: bool,
+    cache: Path,
+    held: Held | None,
 ) -> tuple[Transport, str]:
-    """Mount, and return the transport and why it is this one.
+    """Mount or take over, and return the transport and why it is this one.
 
     ``auto`` takes `kernel` where passthrough works: without it nothing is gained over libfuse.
 
     Args:
         wanted: what the user asked for.
-        operations: what answers.
+        operations: makes what answers; its argument is the number of the first handle.
         mountpoint: an existing directory.
         allow_other: other users may read too.
         cache: the directory with the data files.
+        held: what the holder keeps, if there is one.
 
     Raises:
         MountError: nothing is mounted.
@@ -57,17 +68,28 @@ def connect(
     why = "asked for"
     if wanted != "pyfuse3":
         try:
-            own = kernel.Transport(operations, mountpoint, allow_other=allow_other, cache=cache)
+            ledger = Ledger(held.ledger) if held else Ledger.create()
+            device = held.device if held else kernel.open_device()
+            answers = operations((ledger.incarnation << 40) + 1)
+            if ledger.incarnation:
+                own = kernel.Transport.adopt(answers, mountpoint, device, ledger)
+            else:
+                own = kernel.Transport.mount(
+                    answers,
+                    mountpoint,
+                    device,
+                    ledger,
+                    allow_other=allow_other,
+                    cache=cache,
+                    demanding=wanted == "auto",
+                )
         except MountError as error:
             if wanted == "kernel":
                 raise
             why = str(error)
         else:
-            if own.passthrough or wanted == "kernel":
-                return own, own.why
-            own.close(unmount=True)
-            why = own.why
+            return own, own.why
     # Only now: it needs libfuse3, which the other transport does without.
     from modelfs.fuse import pyfuse
 
-    return pyfuse.Transport(operations, mountpoint, allow_other=allow_other), why
+    return pyfuse.Transport(operations(1), mountpoint, allow_other=allow_other), why

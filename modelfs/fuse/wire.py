@@ -95,6 +95,12 @@ class Opening(IntFlag):
 NOTIFY_INVAL_ENTRY = 3
 """Code of the notification that a name no longer means what it meant."""
 
+NOTIFY_RESEND = 7
+"""Code of the notification that asks for every request again that was read but not answered."""
+
+RESENT = 1 << 63
+"""Bit in `Request.unique` of a request that is sent again; its answer has it, too."""
+
 _IN = Struct("=IIQQIIIHH")
 _OUT = Struct("=IiQ")
 _INIT_IN = Struct("=IIII")
@@ -391,3 +397,8 @@ def inval_entry(parent: int, raw: bytes) -> bytes:
     """Return the whole notification that `raw` in `parent` must be looked up anew."""
     body = _INVAL_ENTRY.pack(parent, len(raw), 0) + raw + b"\0"
     return _OUT.pack(_OUT.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body
+
+
+def resend() -> bytes:
+    """Return the whole notification that asks for the unanswered requests."""
+    return _OUT.pack(_OUT.size, NOTIFY_RESEND, 0)

@@ -224,7 +224,7 @@ def test_after_a_kill_of_the_process_alone_nothing_is_checked(tmp_path: Path) ->
         of_machine = crash_image(tmp_path / "c", tmp_path / "2")
         item.close()
     with cache_at(first) as cache:
-        assert cache.usage().unclean_start
+        assert not cache.usage().unclean_start
         item = cache.object("k", len(data))
         assert item.unchecked == 0
         item.lend().close()

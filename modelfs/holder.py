@@ -1,0 +1,181 @@
+"""The holder: a small process that keeps a mount alive while the daemons that serve it come and go.
+
+It keeps ``/dev/fuse`` and the ledger open, runs the daemon as its child and, when that dies, starts the next
+one with the same two descriptors. Readers wait meanwhile; those the kernel serves by itself notice nothing.
+It imports little and does little, so that it neither dies nor needs an upgrade itself.
+
+Exit codes of the daemon: 0 after an unmount, `LEFT` when it left the mount to a successor; anything else is
+a death. A daemon that dies before it has mounted takes the holder with it: there is nothing to keep.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, cast
+
+from modelfs.fuse import wire
+from modelfs.fuse.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+LEFT = 75
+"""Exit code of a daemon that left its mount to a successor (EX_TEMPFAIL of sysexits.h)."""
+
+QUICK_SECONDS = 3.0
+"""A daemon that lives shorter has died quickly; it takes about one second to begin."""
+
+PAUSES = (0.0, 0.0, 0.5, 1.0, 2.0)
+"""Seconds before the next daemon is started, by how many died quickly in a row; more are a crash loop."""
+
+REST_SECONDS = 60.0
+"""How long requests are answered with EIO in a crash loop before a daemon is tried again."""
+
+_MNT_DETACH = 2
+
+
+class Holder:
+    """Keeps one mount.
+
+    Args:
+        mountpoint: where it is, for the unmount when no daemon can do it.
+        settings: what each daemon reads from its standard input; may hold secrets, so no command line has it.
+        command: starts a daemon; the descriptors are appended as options.
+
+    """
+
+    def __init__(self, mountpoint: Path, settings: bytes, command: Sequence[str]) -> None:
+        self._mountpoint = mountpoint
+        self._settings = settings
+        self._command = command
+        self._device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._ledger = Ledger.create().fd
+        self._daemon: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+        self._wake, self._woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def run(self, ready: int | None = None) -> int:
+        """Run daemons until the tree is unmounted; return the exit code.
+
+        Args:
+            ready: a descriptor that the first daemon gets as ``--ready-fd``; closed here.
+
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        quick = 0
+        while True:
+            started = time.monotonic()
+            code = self._serve(ready)
+            ready = None
+            if code == 0 or not self._is_mounted():
+                return code
+            if self._stopping:
+                self._unmount()
+                return code
+            if code == LEFT:
+                continue
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            quick = quick + 1 if time.monotonic() - started < QUICK_SECONDS else 0
+            if quick < len(PAUSES):
+                log.error("the daemon ended with %s; the next one takes the mount over", how)
+                self._pause(PAUSES[quick])
+            else:
+                log.critical(
+                    "%d daemons died one after the other, the last with %s: readers get EIO for %.0f s; "
+                    "see the lines above",
+                    quick,
+                    how,
+                    REST_SECONDS,
+                )
+                self._refuse(REST_SECONDS)
+                quick = 0
+
+    def _serve(self, ready: int | None) -> int:
+        """Run one daemon; return its exit code, negative for a signal."""
+        words = [*self._command, "--device-fd", str(self._device), "--ledger-fd", str(self._ledger)]
+        handed = [self._device, self._ledger]
+        if ready is not None:
+            words += ["--ready-fd", str(ready)]
+            handed.append(ready)
+        self._daemon = subprocess.Popen(  # noqa: S603  # our own words
+            words, stdin=subprocess.PIPE, pass_fds=handed
+        )
+        if ready is not None:
+            os.close(ready)
+        try:
+            with cast(IO[bytes], self._daemon.stdin) as pipe:
+                pipe.write(self._settings)
+        except BrokenPipeError:
+            log.error("the daemon ended before it had read its settings")
+        if self._stopping:
+            self._daemon.terminate()
+        return self._daemon.wait()
+
+    def _stop(self, number: int, frame: object) -> None:
+        """Pass a signal to end on to the daemon."""
+        self._stopping = True
+        os.write(self._woken, b"x")
+        if self._daemon is not None and self._daemon.returncode is None:
+            self._daemon.terminate()
+
+    def _is_mounted(self) -> bool:
+        """Return whether there is a mount that another daemon can take over."""
+        ledger = Ledger(self._ledger)
+        if not ledger.incarnation or not ledger.flags & wire.Init.HAS_RESEND:
+            return False
+        poll = select.poll()
+        poll.register(self._device, 0)
+        return not poll.poll(0)  # POLLERR: the connection has ended
+
+    def _pause(self, seconds: float) -> None:
+        select.select([self._wake], [], [], seconds)
+
+    def _refuse(self, seconds: float) -> None:
+        """Answer every request with EIO for a while: an error is better than waiting for nobody."""
+        until = time.monotonic() + seconds
+        buffer = memoryview(bytearray(wire.READ_BUFFER))
+        os.write(self._device, wire.resend())
+        while not self._stopping and self._is_mounted() and (left := until - time.monotonic()) > 0:
+            if not select.select([self._device, self._wake], [], [], left)[0]:
+                continue
+            try:
+                request = wire.request(buffer[: os.readv(self._device, (buffer,))])
+                if request.opcode not in _WITHOUT_REPLY:
+                    os.write(self._device, wire.header(request.unique, 0, errno.EIO))
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ENOENT, errno.ENODEV):
+                    raise
+
+    def _unmount(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.umount2(os.fsencode(self._mountpoint), _MNT_DETACH):
+            log.error("%s could not be unmounted: %s", self._mountpoint, os.strerror(ctypes.get_errno()))
+
+
+_WITHOUT_REPLY = (wire.Opcode.FORGET, wire.Opcode.BATCH_FORGET, wire.Opcode.INTERRUPT)
+
+
+def main() -> None:
+    """Be the holder that ``modelfs mount`` started: ``python -m modelfs.holder MOUNTPOINT READY_FD``."""
+    mountpoint, ready = Path(sys.argv[1]), int(sys.argv[2])
+    os.set_inheritable(ready, False)
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=line, level=logging.INFO)
+    os.chdir("/")  # keep no directory busy
+    settings = sys.stdin.buffer.read()
+    command = [sys.executable, "-P", "-m", "modelfs", "daemon"]
+    raise SystemExit(min(255, abs(Holder(mountpoint, settings, command).run(ready))))
+
+
+if __name__ == "__main__":
+    main()
