@@ -182,7 +182,11 @@ def test_the_exit_codes_are_documented() -> None:
         (["empty", "--cache-size", "lots"], 3, r"^--cache-size: cache.size: 'lots' is not a size"),
         (["empty", "--cache-dir", "empty/cache"], 3, r"the cache directory .* is inside the mountpoint"),
         (["empty", "--refresh", "often"], 3, r"^--refresh: refresh: 'often' is not a duration"),
-        (["empty", "--transport", "nfs"], 3, r"^--transport: transport: 'nfs' is not one of auto, kernel, pyfuse3"),
+        (
+            ["empty", "--transport", "nfs"],
+            3,
+            r"^--transport: transport: 'nfs' is not one of auto, kernel, pyfuse3",
+        ),
         (["empty", "--log-level", "loud"], 3, r"^--log-level: log_level: 'loud' is not one of debug"),
         (
             ["empty", "--log-file", "file/log"],
