@@ -54,6 +54,7 @@ class Model:
         name: its path in the tree, ``NAME``, ``ORG/NAME`` or a path in an on-demand namespace.
         source: the store behind it.
         optional: the mount goes on without it.
+        pinned: what is cached of it stays.
         snapshot: what is shown now; None until it is resolved for the first time.
         state: see :data:`State`.
         why: why it is unavailable, or why the snapshot on disk is used.
@@ -66,6 +67,7 @@ class Model:
     name: str
     source: Source
     optional: bool = False
+    pinned: bool = False
     snapshot: Snapshot | None = None
     state: State = "resolving"
     why: str | None = None
@@ -142,14 +144,16 @@ class Catalog:
 
     # -- models ----------------------------------------------------------------------------------------
 
-    def add(self, name: str, url: str, options: Options, *, optional: bool = False) -> Model:
-        """Add a model that is still to be resolved.
+    def add(
+        self, name: str, url: str, options: Options, *, optional: bool = False, pinned: bool = False
+    ) -> Model:
+        """Add a model that is still to be resolved; what is cached of a `pinned` one is not evicted.
 
         Raises:
             ConfigError: the URL or an option is wrong.
 
         """
-        model = Model(name, Source(open_store(url, options), self._metrics), optional)
+        model = Model(name, Source(open_store(url, options), self._metrics), optional, pinned)
         self.models[name] = model
         return model
 
@@ -179,6 +183,7 @@ class Catalog:
                     f"model {model.name}: {model.why} (optional: true or --keep-going mounts without it)"
                 )
         self._publish([])
+        await self._pin()
 
     async def run(self, every: float) -> None:
         """Refresh all models every `every` seconds (0: never), unavailable ones more often; never returns."""
@@ -272,6 +277,19 @@ class Catalog:
                 for path, reason in snapshot.rejected:
                     log.warning("%s: %r is not shown: %s", model.name, path, reason)
                 self._show(model)
+                if model.pinned:
+                    await self._pin()
+
+    async def _pin(self) -> None:
+        """Keep what is cached of the pinned models, at the snapshots that are shown now, from eviction."""
+        keys = {
+            model.source.key(entry)
+            for model in self.models.values()
+            if model.pinned and model.snapshot is not None
+            for entry in model.snapshot.entries.values()
+            if entry.kind == "file"
+        }
+        await trio.to_thread.run_sync(self._cache.pin, keys)
 
     def _show(self, model: Model) -> None:
         if model.snapshot is None:
@@ -304,7 +322,7 @@ class Catalog:
     # -- snapshots on disk -----------------------------------------------------------------------------
 
     def _saved_key(self, model: Model) -> str:
-        return f"snapshot {model.source.url}"
+        return f"snapshot {model.source.identity}"
 
     async def _load(self, model: Model) -> tuple[Snapshot, float] | None:
         saved = await trio.to_thread.run_sync(self._cache.get_meta, self._saved_key(model))

@@ -142,7 +142,9 @@ class Daemon:
         """Mount and serve until the end; see :func:`run`."""
         settings = self._settings
         for model in settings.models:
-            self._catalog.add(model.name, model.sources[0], model.options, optional=model.optional)
+            self._catalog.add(
+                model.name, model.sources[0], model.options, optional=model.optional, pinned=model.pin
+            )
         for namespace in settings.namespaces:
             self._catalog.add_namespace(namespace)
         await self._catalog.start(self._nursery, keep_going=settings.keep_going, at_once=self._succeeding)

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -269,15 +269,12 @@ class Cache:
 
     # Pins and metadata.
 
-    def pin(self, *keys: str) -> None:
-        """Keep the objects `keys` (there or to come) from eviction, in later sessions too."""
+    def pin(self, keys: Iterable[str]) -> None:
+        """Keep exactly the objects `keys` (there or to come) from eviction, in later sessions too."""
+        wanted = frozenset(key for key in keys if self._stem(key))
         with self._pinning:
-            self._set_pins(self._pins | {key for key in keys if self._stem(key)})
-
-    def unpin(self, *keys: str) -> None:
-        """Let the objects `keys` be evicted again."""
-        with self._pinning:
-            self._set_pins(self._pins.difference(keys))
+            if wanted != self._pins:
+                self._set_pins(wanted)
 
     def pinned(self, key: str) -> bool:
         """Return whether `key` is pinned. Loop-safe."""

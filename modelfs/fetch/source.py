@@ -13,7 +13,7 @@ import trio
 
 from modelfs.errors import StoreError, Unavailable
 from modelfs.metrics import Metrics
-from modelfs.stores import Store, scheme_of
+from modelfs.stores import Store, identity_of, scheme_of
 from modelfs.types import Entry, Location
 
 MARGIN = 30.0
@@ -59,15 +59,15 @@ async def retrying(call: Callable[[], Awaitable[T]], deadline: float) -> T:
     raise AssertionError("delays() is endless")
 
 
-def object_key(store_url: str, entry: Entry) -> str:
+def object_key(store: str, entry: Entry) -> str:
     """Return the name of the cached object that holds the content of `entry`.
 
-    Content with a published SHA-256 is one object whatever store it came from; otherwise it is named by its
-    store, path, version and size.
+    Content with a published SHA-256 is one object whatever store it came from; otherwise it is named by the
+    identity of its `store`, its path, version and size.
     """
     if entry.digest and entry.digest.algorithm == "sha256":
         return f"sha256-{entry.digest.value}"
-    identity = "\0".join((store_url, entry.path, entry.version, str(entry.size)))
+    identity = "\0".join((store, entry.path, entry.version, str(entry.size)))
     return f"v-{sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()}"
 
 
@@ -80,6 +80,7 @@ class Source:
     def __init__(self, store: Store, metrics: Metrics) -> None:
         self.store = store
         self.url = store.url
+        self.identity = identity_of(store)
         self.scheme = scheme_of(store.url)
         self._metrics = metrics
         self._locations: OrderedDict[tuple[str, str], Location] = OrderedDict()
@@ -115,7 +116,7 @@ class Source:
 
     def key(self, entry: Entry) -> str:
         """Return the name of the cached object that holds the content of `entry`."""
-        return object_key(self.url, entry)
+        return object_key(self.identity, entry)
 
     def unavailable(self, what: str, seconds: float) -> Unavailable:
         """Return the error for a reader whose deadline passed while this store was asked for `what`."""

@@ -30,7 +30,10 @@ class Store(Protocol):
     """
 
     url: str
-    """Canonical URL without secrets: the identity of the store in cache keys, logs and status."""
+    """Canonical URL without secrets: the name of the store in logs and status, and its identity in the cache.
+
+    A store whose URL does not say where it is has an attribute ``identity`` as well: `identity_of`.
+    """
 
     async def snapshot(self) -> Snapshot:
         """Resolve the revision to something immutable and list everything at it."""
@@ -89,6 +92,15 @@ def scheme_of(url: str) -> str:
             "hf://ORG/NAME or file:///srv/models"
         )
     return scheme.lower()
+
+
+def identity_of(store: Store) -> str:
+    """Return what tells `store` from all others, in cache keys: its ``identity`` if it has one, or its URL.
+
+    One bucket name at two endpoints is two stores: the same ETag there may mean other bytes.
+    """
+    identity = getattr(store, "identity", store.url)
+    return identity if isinstance(identity, str) else store.url
 
 
 def redact(url: str) -> str:

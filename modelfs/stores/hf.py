@@ -43,6 +43,9 @@ _HISTORY = 20
 """Commits of the branch that are searched for a version of unknown origin."""
 
 _OFFICIAL = "https://huggingface.co"
+
+# Read when huggingface_hub is imported: a file system tells nobody what is installed beside it.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 _AGENT: Any = {"library_name": "modelfs", "library_version": __version__}
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -88,6 +91,7 @@ class HubStore:
         if not re.match(r"https?://[^@?#]+$", endpoint):
             raise ConfigError(f"{self.url}: the Hub's endpoint must look like https://HOST")
         self._endpoint = endpoint.rstrip("/")
+        self.identity = self.url if self._endpoint == _OFFICIAL else f"{self.url} at {self._endpoint}"
         self._token_file: str | None = options.get("token_file")
         self._known: dict[str, Snapshot] = {}
 

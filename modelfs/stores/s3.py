@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale
-from modelfs.stores import Options, checked_options
+from modelfs.stores import Options, checked_options, redact
 from modelfs.stores.aws import THREADS, Account
 from modelfs.types import Algorithm, Digest, Entry, Location, Snapshot, path_fault
 
@@ -79,6 +80,7 @@ class S3Store:
         self._options = _checked(self.url, options)
         self._payer = {"RequestPayer": "requester"} if options.get("requester_pays") else {}
         self._account = Account(self._bucket, options)
+        self.identity = _identity(self.url, options)
         self._may_pin: bool | None = None
 
     def __repr__(self) -> str:
@@ -278,6 +280,14 @@ class S3Store:
 
         # Nothing is changed by the question, so its thread may be left behind by a cancelled caller.
         return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=THREADS)
+
+
+def _identity(url: str, options: Options, env: Mapping[str, str] = os.environ) -> str:
+    """Return the URL with what decides about the endpoint, if anything does: the AWS chain's own order."""
+    endpoint = options.get("endpoint_url") or env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
+    profile = options.get("profile") or env.get("AWS_PROFILE")
+    where = (endpoint and redact(str(endpoint)).rstrip("/")) or (profile and f"profile {profile}")
+    return f"{url} at {where}" if where else url
 
 
 def _checked(url: str, options: Options) -> Options:

@@ -163,7 +163,7 @@ def test_spans_beyond_the_end_are_a_mistake(cache: Cache) -> None:
 
 @pytest.mark.parametrize("key", ["", "../x", "a/b", "A", "a.data", "x" * 101, "ä", "a\n"])
 def test_keys_are_checked(cache: Cache, key: str) -> None:
-    for call in (lambda: cache.object(key, 1), lambda: cache.discard(key), lambda: cache.pin(key)):
+    for call in (lambda: cache.object(key, 1), lambda: cache.discard(key), lambda: cache.pin({key})):
         with pytest.raises(ValueError, match="not a key"):
             call()
 
@@ -544,14 +544,14 @@ def test_a_full_disk_refuses_the_block_and_keeps_serving(tmp_path: Path) -> None
     data = content(BLOCK)
     with mounted(tmp_path / "small", "-o", "size=12m") as small, cache_at(small / "c") as cache:
         first = opened(cache, "first", data)
-        cache.pin("first")
+        cache.pin({"first"})
         second = cache.object("second", BLOCK)
         with pytest.raises(CacheError, match=r"cache\.size"):
             second.write(0, data)
         assert not second.has(0)
         assert whole(first) == data
         first.close()
-        cache.unpin("first")
+        cache.pin(())
         put(second, data)
         assert whole(second) == data
         assert cache.cached_bytes("first", BLOCK) == 0
@@ -681,7 +681,7 @@ def test_open_and_pinned_objects_stay(tmp_path: Path) -> None:
     with cache_at(tmp_path / "c") as cache:
         for key in ("pinned", "free"):
             stored(cache, key, b"abc")
-        cache.pin("pinned")
+        cache.pin({"pinned"})
         item = opened(cache, "open", b"abc")
         loan = item.lend()
         cache.limit = 0
@@ -695,8 +695,8 @@ def test_open_and_pinned_objects_stay(tmp_path: Path) -> None:
 
 def test_pins_survive_a_restart_and_can_be_taken_back(tmp_path: Path) -> None:
     with cache_at(tmp_path / "c") as cache:
-        cache.pin("a", "b")
-        cache.unpin("a")
+        cache.pin({"a", "b"})
+        cache.pin({"b"})
     with cache_at(tmp_path / "c") as cache:
         assert not cache.pinned("a")
         assert cache.pinned("b")

@@ -151,12 +151,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(key=KEYS, pin=st.booleans())
     def pin(self, key: str, pin: bool) -> None:
-        if pin:
-            self.cache.pin(key)
-            self.pinned.add(key)
-        else:
-            self.cache.unpin(key)
-            self.pinned.discard(key)
+        (self.pinned.add if pin else self.pinned.discard)(key)
+        self.cache.pin(self.pinned)
 
     def forget(self, blocks: set[tuple[str, int]]) -> None:
         self.present -= blocks

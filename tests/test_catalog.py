@@ -1,0 +1,182 @@
+"""The models of a mount: pins, identities, and what is kept for the next start."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import modelfs.catalog
+from modelfs.cache import Cache
+from modelfs.catalog import Catalog
+from modelfs.errors import Unavailable
+from modelfs.fetch.client import RangeClient
+from modelfs.fetch.engine import Fetcher
+from modelfs.metrics import Metrics
+from modelfs.stores import Options, entry_in
+from modelfs.tree import Directory, File, Node, Tree
+from modelfs.types import BLOCK, Entry, Location, Snapshot
+
+
+class Shelf:
+    """A store in memory that can be out of reach and pins its files by their length: weakly, like an ETag."""
+
+    def __init__(self, url: str, files: Mapping[str, bytes], identity: str | None = None) -> None:
+        self.url = url
+        self.identity = identity or url
+        self.files = files
+        self.reachable = True
+
+    async def snapshot(self) -> Snapshot:
+        if not self.reachable:
+            raise Unavailable(f"{self.url} is out of reach")
+        return Snapshot.of(self.url, "", [Entry(path, len(data), "1") for path, data in self.files.items()])
+
+    async def entry(self, path: str) -> Entry:
+        return entry_in(await self.snapshot(), path)
+
+    async def locate(self, entry: Entry) -> Location:
+        return Location.inline(self.files[entry.path])
+
+
+@asynccontextmanager
+async def catalog(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stores: Mapping[str, Shelf],
+    *,
+    limit: int | None = None,
+    pinned: frozenset[str] = frozenset(),
+) -> AsyncIterator[tuple[Catalog, Cache]]:
+    """A started catalog with one model for each of `stores`."""
+    metrics = Metrics()
+    cache = Cache(directory, limit=limit, metrics=metrics)
+    client = RangeClient(metrics=metrics)
+
+    def opened(url: str, options: Options) -> Shelf:
+        return stores[url]
+
+    monkeypatch.setattr(modelfs.catalog, "open_store", opened)
+    try:
+        async with trio.open_nursery() as nursery:
+            fetcher = Fetcher(nursery, cache, client, metrics)
+            own = Catalog(Tree(), cache, fetcher, metrics, lambda url: {}, lambda changes: None)
+            for name in stores:
+                own.add(name, name, {}, pinned=name in pinned)
+            await own.start(nursery, keep_going=True)
+            yield own, cache
+            nursery.cancel_scope.cancel()
+    finally:
+        client.close()
+        cache.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        with trio.fail_after(30):
+            await test()
+
+    trio.run(limited)
+
+
+def node_at(own: Catalog, *path: str) -> Node:
+    node: Node = own.tree.root
+    for name in path:
+        assert isinstance(node, Directory)
+        node = node.children[name]
+    return node
+
+
+async def content(own: Catalog, *path: str) -> bytes:
+    node: Any = node_at(own, *path)
+    assert isinstance(node, File)
+    reader, _ = await own.open(node)
+    try:
+        return bytes(await reader.read(0, node.entry.size))
+    finally:
+        reader.close()
+
+
+def test_a_pinned_model_is_not_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = {
+        "keep": Shelf("memory://keep", {"w": b"1" * BLOCK}),
+        "drop": Shelf("memory://drop", {"w": b"2" * BLOCK}),
+    }
+
+    async def test() -> None:
+        async with catalog(tmp_path, monkeypatch, stores, pinned=frozenset({"keep"})) as (own, cache):
+            for name in stores:
+                await content(own, name, "w")
+            kept, dropped = (node_at(own, name, "w") for name in stores)
+            assert isinstance(kept, File)
+            assert isinstance(dropped, File)
+            while sum(own.cached_bytes(n.model, n.entry) for n in (kept, dropped)) < 2 * BLOCK:  # noqa: ASYNC110
+                await trio.sleep(0.01)  # a thread makes the last block part of the cache
+            cache.limit = 0
+            while own.cached_bytes(dropped.model, dropped.entry):  # it is closed in a thread
+                await trio.to_thread.run_sync(cache.make_room, 0)
+            assert own.cached_bytes(kept.model, kept.entry) == BLOCK
+        # Not pinned any more, it may go.
+        async with catalog(tmp_path, monkeypatch, stores) as (own, cache):
+            assert cache.usage().pinned == 0
+
+    run(test)
+
+
+def test_pins_follow_a_refresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        stores = {"m": Shelf("memory://m", {"a": b"old", "b": b"same"})}
+        async with catalog(tmp_path, monkeypatch, stores, pinned=frozenset({"m"})) as (own, cache):
+            before = {own.models["m"].source.key(entry) for entry in _entries(own)}
+            assert all(cache.pinned(key) for key in before)
+            own.models["m"].source.store = Shelf("memory://m", {"a": b"newer", "b": b"same"})
+            await own.refresh("m")
+            after = {own.models["m"].source.key(entry) for entry in _entries(own)}
+            assert len(before & after) == 1
+            assert all(cache.pinned(key) for key in after)
+            assert not any(cache.pinned(key) for key in before - after)
+
+    run(test)
+
+
+def _entries(own: Catalog) -> list[Any]:
+    snapshot = own.models["m"].snapshot
+    assert snapshot is not None
+    return list(snapshot.entries.values())
+
+
+def test_two_places_with_one_url_are_two_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Shelf("s3://models/", {"w": b"here "}, "s3://models/ at http://here")
+    there = Shelf("s3://models/", {"w": b"there"}, "s3://models/ at http://there")
+
+    async def test() -> None:
+        for shelf, expected in ((here, b"here "), (there, b"there"), (here, b"here ")):
+            shelf.reachable = True
+            async with catalog(tmp_path, monkeypatch, {"m": shelf}) as (own, _):
+                assert await content(own, "m", "w") == expected
+        # And without network each start shows its own, or nothing.
+        there.reachable = False
+        async with catalog(tmp_path, monkeypatch, {"m": there}) as (own, _):
+            assert await content(own, "m", "w") == b"there"
+
+    run(test)
+
+
+def test_a_start_out_of_reach_shows_no_other_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Shelf("s3://models/", {"w": b"here "}, "s3://models/ at http://here")
+    there = Shelf("s3://models/", {"w": b"there"}, "s3://models/ at http://there")
+    there.reachable = False
+    monkeypatch.setattr(modelfs.catalog, "RESOLVE_SECONDS", 0.0)
+
+    async def test() -> None:
+        async with catalog(tmp_path, monkeypatch, {"m": here}) as (own, _):
+            assert await content(own, "m", "w") == b"here "
+        async with catalog(tmp_path, monkeypatch, {"m": there}) as (own, _):
+            assert own.models["m"].state == "unavailable"
+            assert "m" not in own.tree.root.children
+
+    run(test)
