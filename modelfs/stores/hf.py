@@ -103,6 +103,7 @@ class HubStore:
 
         Raises:
             NotFound: no such repository, revision or directory, or none that this token may see.
+            AccessDenied: the repository is gated, and its files cannot be read.
             StoreError: any other failure.
 
         """
@@ -139,27 +140,32 @@ class HubStore:
     def _snapshot(self, known: Mapping[str, Snapshot]) -> Snapshot:
         if self._revision in known:
             return known[self._revision]  # a commit: nothing can have changed
-        sha, mtime = self._commit()
+        sha, mtime, gated = self._commit()
         if sha in known:
             return known[sha]
         rows = self._pages(f"tree/{sha}?recursive=true")
         entries = [entry for row in rows if (entry := self._entry_of(row, mtime))]
         if self._subdir and not entries:
             raise NotFound(f"{self.url}: there is no {self._subdir!r} at commit {sha}: check the URL")
+        if gated and entries:
+            # Anybody may list it; better refused now than when it is read. Cards may be open, weights never.
+            self._file(max(entries, key=lambda entry: entry.size), sha)
         return Snapshot.of(self.url, sha, entries)
 
-    def _commit(self) -> tuple[str, float]:
-        """Return the commit that the revision means now, and when the repository was changed last."""
+    def _commit(self) -> tuple[str, float, bool]:
+        """Return the revision's commit, the time of the repository's last change, and whether it is gated."""
         from huggingface_hub import HfApi
 
         wanted: Any = ["sha", "lastModified"]
+        if self._kind != "spaces":  # which cannot be
+            wanted.append("gated")
         info = HfApi(self._endpoint, self._token()).repo_info(
             self._repo, revision=self._revision, repo_type=self._kind[:-1], timeout=_TIMEOUT, expand=wanted
         )
         sha, changed = info.sha or "", info.last_modified
         if not re.fullmatch(r"[0-9a-f]{40,64}", sha):
             raise BadAnswer(f"{self.url}: the server names no commit: check the endpoint {self._endpoint}")
-        return sha, changed.timestamp() if changed else 0.0
+        return sha, changed.timestamp() if changed else 0.0, bool(info.gated)
 
     def _entry_of(self, row: Mapping[str, Any], mtime: float) -> Entry | None:
         """Return the entry of one row of the tree; None if it is elsewhere or a directory."""
@@ -190,7 +196,7 @@ class HubStore:
 
     def _history(self) -> Iterator[str]:
         """Yield the commits of the revision, newest first; the servers that keep no history have one."""
-        newest, _ = self._commit()
+        newest, _, _ = self._commit()
         yield newest
         try:
             older = [

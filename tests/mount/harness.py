@@ -11,7 +11,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache as remember
 from pathlib import Path
@@ -21,6 +22,14 @@ from modelfs.fuse import mountpoint
 
 BAD_LOG = re.compile(r"\b(ERROR|CRITICAL)\b|Traceback")
 DEADLINE = 120
+
+
+def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Return once `condition()` is true; fail if that takes longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not so after {seconds} s"
+        time.sleep(0.02)
 
 
 class Mounted:
@@ -202,3 +211,21 @@ def daemon_pids(path: Path) -> Sequence[int]:
     """Return the processes that serve the mount at `path`, as the daemon says itself."""
     result = modelfs("status", str(path), "--json", check=False)
     return [int(json.loads(result.stdout)["pid"])] if result.returncode == 0 else []
+
+
+def alone(place: Path) -> dict[str, str]:
+    """Return the environment of a `modelfs` that knows no other mounts; `left_behind` finds its processes."""
+    return {"MODELFS_RUNTIME_DIR": str(place / "run")}
+
+
+def left_behind(place: Path) -> list[str]:
+    """Return the processes that have the environment `alone(place)`, and the mounts below `place`."""
+    variable = b"MODELFS_RUNTIME_DIR=" + os.fsencode(place / "run")
+    found = [str(mount.path) for mount in mountpoint.mounts() if mount.ours and place in mount.path.parents]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if variable in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
