@@ -11,7 +11,7 @@ from modelfs.cache import CacheObject, Verifier
 from modelfs.errors import Corrupt, ModelfsError
 from modelfs.fetch.planner import Priority, Step, Stream, plan
 from modelfs.fetch.source import Source
-from modelfs.types import BLOCK, Digest, Entry, Span, block_count, block_span
+from modelfs.types import Digest, Entry, Span, block_count, block_span
 
 PER_OBJECT = 8
 """Most blocks of one object on their way at once: one model's load leaves room for another's."""
@@ -89,6 +89,7 @@ class Download:
         self.verifying = False
         self.checking = False
         self.closed = False
+        self._shown = frozenset(block for block in self.blocks if cached.has(block))
         self._changed = trio.lowlevel.ParkingLot()
 
     @property
@@ -97,23 +98,23 @@ class Download:
         return range(block_count(self.entry.size))
 
     def serves(self, span: Span) -> bool:
-        """Return whether the cache has all of `span` and readers may see it.
+        """Return whether the cache has all of `span` and readers may see it; then they count as shown.
 
-        Withheld are the bytes that complete an object with a published digest, until it was checked.
+        Of an object with a published digest one block is shown to nobody until the digest was checked: the
+        last that was not shown yet, if all others are there, so that the check is about to be made.
         """
         cached = self.object
         if not cached.covers(span):
             return False
         if self.digest is None or cached.verified:
             return True
-        missing = self.entry.size - cached.cached_bytes
-        if missing == 0:
-            return False
-        last = missing <= BLOCK and any(
-            missing == len(block_span(block, self.entry.size)) and not cached.has(block)
-            for block in span.blocks()
-        )
-        return not last
+        shown = self._shown.union(span.blocks())
+        if len(shown) == len(self.blocks):
+            others = set(self.blocks).difference(span.blocks())
+            if all(cached.covers(block_span(block, self.entry.size)) for block in others):
+                return False
+        self._shown = shown
+        return True
 
     def pieces(self, span: Span) -> list[tuple[int, Span]]:
         """Return `span` cut at block boundaries, each piece with its block."""

@@ -24,9 +24,9 @@ memory, bounded by `MEMORY_BLOCKS`.
 
 What a reader may get
 ---------------------
-Bytes of a block that is in the cache, or that have already arrived for a block on its way. The block that
-completes an object whose store publishes a digest is withheld until the digest was checked: nobody reads a
-whole object and ends up with wrong bytes, and small files are always checked before their first byte.
+Bytes of a block that is in the cache, or that have already arrived for a block on its way. Of an object
+whose store publishes a digest one block is shown to nobody until the digest was checked: nobody reads a whole
+object and ends up with wrong bytes, and small files are always checked before their first byte.
 """
 
 from __future__ import annotations
