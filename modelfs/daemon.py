@@ -212,17 +212,21 @@ class Daemon:
         """Begin to unmount and end; returns at once."""
         self._stopping.set()
 
-    def hand_over(self) -> None:
-        """Begin to leave the mount to a successor; returns at once.
+    def check_successor(self) -> None:
+        """Return if a successor would be started when this daemon left.
 
         Raises:
-            MountError: there is nobody who would start one, or the transport cannot.
+            MountError: the mount would be lost.
 
         """
-        if self._held is None or self._transport is None:
-            raise MountError(f"nobody holds the mount on {self._place}: umount and mount again")
-        self._transport.leave()
-        self._left = True
+        if self._held is None or not self._held.mounted:
+            raise MountError(f"the mount on {self._place} has no holder: umount and mount again")
+
+    def leave(self) -> None:
+        """Begin to leave the mount to a successor; returns at once."""
+        if self._transport is not None:
+            self._left = True
+            self._transport.leave()
 
     async def refresh(self, model: str | None) -> dict[str, Any]:
         """Resolve one model, or all, now; return their status."""

@@ -238,6 +238,14 @@ def refresh(
         show.models(show.console(), answer["models"])
 
 
+@app.command()
+def upgrade(place: Mountpoint) -> None:
+    """Let a daemon of the modelfs that is installed now take over MOUNTPOINT; readers only wait a second."""
+    path = mountpoint.canonical(place)
+    _client(path)
+    print(launch.upgrade(path))
+
+
 def _client(place: Path) -> control.ControlClient:
     """Return the client of the daemon that serves `place`."""
     path = mountpoint.canonical(place)

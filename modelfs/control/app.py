@@ -54,6 +54,17 @@ class Daemon(Protocol):
     def stop(self) -> None:
         """Begin to unmount and end; returns at once."""
 
+    def check_successor(self) -> None:
+        """Return if a successor would be started when this daemon left.
+
+        Raises:
+            MountError: the mount would be lost.
+
+        """
+
+    def leave(self) -> None:
+        """Begin to leave the mount to a successor; returns at once."""
+
 
 def application(daemon: Daemon) -> Starlette:
     """Return the control API of `daemon` as an ASGI application."""
@@ -71,6 +82,13 @@ def application(daemon: Daemon) -> Starlette:
         # After the answer is out: whoever asked shall hear it.
         return JSONResponse({"stopping": True}, background=BackgroundTask(stop))
 
+    async def handover(request: Request) -> Response:
+        async def leave() -> None:
+            daemon.leave()
+
+        daemon.check_successor()
+        return JSONResponse({"leaving": True}, background=BackgroundTask(leave))
+
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
 
@@ -82,6 +100,7 @@ def application(daemon: Daemon) -> Starlette:
             Route("/v1/status", status),
             Route("/v1/refresh", refresh, methods=["POST"]),
             Route("/v1/shutdown", shutdown, methods=["POST"]),
+            Route("/v1/handover", handover, methods=["POST"]),
             Route("/healthz", healthz),
             Route("/metrics", metrics),
         ],

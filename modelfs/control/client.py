@@ -35,6 +35,10 @@ class ControlClient:
         """Ask the daemon to unmount and end; returns when it has heard, not when it is done."""
         self._call("POST", "/v1/shutdown", seconds, {})
 
+    def hand_over(self, seconds: float = 10.0) -> None:
+        """Ask the daemon to leave its mount to a successor; returns when it has heard."""
+        self._call("POST", "/v1/handover", seconds, {})
+
     def _call(self, method: str, path: str, seconds: float, body: Any = None) -> dict[str, Any]:
         where = f"the daemon on {self._socket}"
         if peer_pid(self._socket) is None:

@@ -546,9 +546,10 @@ class Transport:
         self._note(request, opened.handle, inode.backing, kind)
         undo = partial(self._close, node, opened.handle)
         if inode.backing:
-            return Reply((wire.open_out(opened.handle, Opening.PASSTHROUGH, inode.backing),), undo)
+            flags = Opening.NOFLUSH | Opening.PASSTHROUGH
+            return Reply((wire.open_out(opened.handle, flags, inode.backing),), undo)
         keep = Opening.KEEP_CACHE if opened.keep_cache else Opening(0)
-        return Reply((wire.open_out(opened.handle, keep),), undo)
+        return Reply((wire.open_out(opened.handle, Opening.NOFLUSH | keep),), undo)
 
     def _back(self, inode: _Inode, loan: Loan) -> None:
         try:

@@ -88,7 +88,7 @@ class Opening(IntFlag):
     """How the kernel treats an open file."""
 
     KEEP_CACHE = 1 << 1
-    CACHE_DIR = 1 << 3
+    NOFLUSH = 1 << 5
     PASSTHROUGH = 1 << 7
 
 
