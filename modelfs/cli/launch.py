@@ -250,6 +250,30 @@ def end(path: Path, *, lazy: bool) -> str:
     )
 
 
+def upgrade(path: Path) -> str:
+    """Let a daemon of the version installed now take over the mount on `path`; say what was done.
+
+    Raises:
+        MountError: the mount has no holder, or no successor came within `STOP_SECONDS`.
+
+    """
+    client = control.ControlClient(control.socket_path(path))
+    before = client.status()
+    client.hand_over()
+    if not _ended(before["pid"], STOP_SECONDS):
+        raise MountError(f"the daemon (pid {before['pid']}) does not leave {path}: see {before['log']}")
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline:
+        if control.find(path) is not None:
+            now = client.status()
+            return (
+                f"{path}: modelfs {before['modelfs']} (pid {before['pid']}) → "
+                f"{now['modelfs']} (pid {now['pid']})"
+            )
+        time.sleep(0.1)  # a socket that does not exist yet cannot be waited for
+    raise MountError(f"no daemon took over {path} within {STOP_SECONDS:.0f} s: see {before['log']}")
+
+
 def _ended(pid: int, seconds: float) -> bool:
     """Return whether the process `pid` ends within `seconds`."""
     try:
