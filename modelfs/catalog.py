@@ -17,6 +17,7 @@ from modelfs import __version__
 from modelfs.cache import Cache
 from modelfs.errors import NotFound, StoreError
 from modelfs.fetch.engine import Fetcher, Reader
+from modelfs.fetch.planner import following
 from modelfs.fetch.source import Source, retrying
 from modelfs.metrics import Metrics
 from modelfs.stores import Options, open_store
@@ -29,7 +30,7 @@ RESOLVE_SECONDS = 60.0
 """How long resolving a model is retried before the mount says that it cannot be resolved."""
 
 PATIENCE = 3.0
-"""Seconds a start waits for the store before it goes on with the snapshot on disk."""
+"""Seconds a start waits for a store before it goes on with the snapshot on disk, or without the model."""
 
 RETRY_SECONDS = 15.0
 """How often an unavailable model is tried again."""
@@ -164,8 +165,9 @@ class Catalog:
     async def start(self, nursery: trio.Nursery, *, keep_going: bool, at_once: bool = False) -> None:
         """Resolve all models and show them; return when each is ready or may be missing.
 
-        A model with a snapshot on disk waits for its store for `PATIENCE` seconds only; with `at_once` not at
-        all, and what was found on demand is shown again: the kernel knows the nodes of these snapshots.
+        A model that may be missing is retried for `PATIENCE` seconds only, and later by `run`. One with a
+        snapshot on disk waits for its store as long; with `at_once` not at all, and what was found on
+        demand is shown again: the kernel knows the nodes of these snapshots.
 
         Raises:
             StoreError: a model that is not optional cannot be resolved and has no snapshot on disk; the
@@ -176,7 +178,8 @@ class Catalog:
         await (self._find_again() if at_once else self._remember_found())
         async with trio.open_nursery() as starting:
             for model in list(self.models.values()):
-                starting.start_soon(self._begin, nursery, model, patience)
+                seconds = PATIENCE if model.optional or keep_going else RESOLVE_SECONDS
+                starting.start_soon(self._begin, nursery, model, patience, seconds)
         for model in self.models.values():
             if model.state == "unavailable" and not (model.optional or keep_going):
                 raise StoreError(
@@ -226,13 +229,13 @@ class Catalog:
         if model.snapshot is None:
             model.state = "unavailable"
 
-    async def _begin(self, nursery: trio.Nursery, model: Model, patience: float) -> None:
+    async def _begin(self, nursery: trio.Nursery, model: Model, patience: float, seconds: float) -> None:
         saved = await self._load(model)
         settled = trio.Event()
 
         async def resolve() -> None:
             try:
-                await self._resolve(model, seconds=0.0 if saved else RESOLVE_SECONDS)
+                await self._resolve(model, seconds=0.0 if saved else seconds)
             except StoreError as error:
                 self._note_failure(model, error)
             finally:
@@ -457,9 +460,11 @@ class Catalog:
 
     async def open(self, node: File[Model]) -> tuple[Reader, bool]:
         """Return a reader of a file, and whether the kernel may keep its pages of it."""
-        source = node.model.source
+        source, snapshot = node.model.source, node.model.snapshot
         keep = self._fetcher.keeps_pages(source, node.entry)
-        return await self._fetcher.open(source, node.entry), keep
+        shard = following(node.entry.path)
+        ahead = snapshot.entries.get(shard) if shard and snapshot else None
+        return await self._fetcher.open(source, node.entry, ahead), keep
 
     def cached_bytes(self, model: Model, entry: Entry) -> int:
         """Return how many bytes of `entry` are in the cache."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import trio
 
@@ -42,7 +42,19 @@ class Range:
 class Flight:
     """One block on its way; after a store ignored ranges, the whole object on its way."""
 
-    __slots__ = ("blocks", "buffer", "error", "finished", "needs", "priority", "ranges", "scope", "whole")
+    __slots__ = (
+        "attempt",
+        "blocks",
+        "buffer",
+        "error",
+        "finished",
+        "needs",
+        "priority",
+        "ranges",
+        "renewed",
+        "scope",
+        "whole",
+    )
 
     def __init__(self, block: int, priority: Priority, size: int, origin: int) -> None:
         span = block_span(block, size)
@@ -56,6 +68,13 @@ class Flight:
         self.finished = False
         self.error: ModelfsError | None = None
         self.scope = trio.CancelScope()
+        self.attempt = trio.CancelScope()
+        self.renewed = 0
+
+    @property
+    def done(self) -> int:
+        """Bytes that have arrived."""
+        return sum(part.done for part in self.ranges)
 
     def holds(self, span: Span) -> bool:
         """Return whether all bytes of `span`, a part of this flight's blocks, have arrived."""
@@ -88,6 +107,10 @@ class Download:
         self.verifier: Verifier | None = None
         self.verifying = False
         self.checking = False
+        self.following: Entry | None = None
+        self.order: Sequence[int] = ()
+        self.touched: dict[int, None] = {}
+        self.left = trio.Event()
         self.closed = False
         self._shown = frozenset(block for block in self.blocks if cached.has(block))
         self._changed = trio.lowlevel.ParkingLot()
@@ -159,6 +182,7 @@ class Download:
             demand=self.demand,
             streams=() if paused else self.streams,
             whole=self.prefetch and not paused,
+            order=self.order,
         )
 
     def go_whole(self, flight: Flight) -> bool:

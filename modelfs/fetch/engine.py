@@ -66,6 +66,18 @@ MEMORY_BLOCKS = 4
 DISK_PAUSE = 30.0
 """Seconds for which a cache disk that failed is not tried again."""
 
+AHEAD_SECONDS = 30.0
+"""How long the next shard goes on being fetched after the one before it was closed."""
+
+WATCH_SECONDS = 0.5
+"""How often it is looked whether a flight stands still."""
+
+STILL_SECONDS = 2.0
+"""So long no byte came for a flight that is waited for, while others moved: its connection is given up."""
+
+RENEWALS = 3
+"""How often the connection of one flight is given up; after that the client's own timeouts count."""
+
 COMPLETED = 16 * 1024 * 1024
 """Bytes up to which content is completed before it is lent: its readers never need the daemon again."""
 
@@ -155,6 +167,7 @@ class Fetcher:
         self._downloads: OrderedDict[str, Download] = OrderedDict()
         self._active = 0
         self._closing = False
+        self._watching = False
         self._disk_paused_until = -math.inf
         self._memory: OrderedDict[tuple[str, int], Flight] = OrderedDict()
         self._memory_slots = trio.Semaphore(MEMORY_BLOCKS)
@@ -168,8 +181,10 @@ class Fetcher:
 
     # -- readers ---------------------------------------------------------------------------------------
 
-    async def open(self, source: Source, entry: Entry) -> Reader:
+    async def open(self, source: Source, entry: Entry, following: Entry | None = None) -> Reader:
         """Return a reader of `entry`; a weight file begins to stream into the cache.
+
+        Once nothing of it is left to fetch, `following`, the next shard, is fetched while there is room.
 
         Raises:
             CacheError: never for a broken disk; only if this daemon is closing.
@@ -189,8 +204,49 @@ class Fetcher:
         download.readers += 1
         if is_weights(entry.path) and self._fits(entry):
             download.prefetch = True
+            download.following = following
+            if not download.object.complete:
+                download.order = await self._learned_order(download)
             self.pump()
+            self._look_ahead(download)
         return Reader(self, download)
+
+    async def _learned_order(self, download: Download) -> list[int]:
+        """Return the blocks in the order in which the last load from this store read them."""
+        order = await trio.to_thread.run_sync(self._cache.get_meta, _order(download), limiter=self._disk)
+        return [block for block in order if isinstance(block, int)] if isinstance(order, list) else []
+
+    def _learn_order(self, download: Download) -> None:
+        """Keep the order in which blocks were first read, if it is not the one in which they lie."""
+        touched = list(download.touched)
+        if len(touched) > 1 and touched != sorted(touched) and touched != download.order:
+            keep = partial(self._cache.set_meta, _order(download), touched)
+            self._nursery.start_soon(partial(trio.to_thread.run_sync, keep, limiter=self._disk))
+
+    def _look_ahead(self, download: Download) -> None:
+        """Begin with the next shard if nothing of this one is left to fetch."""
+        entry = download.following
+        if entry is None or download.error or not download.readers:
+            return
+        if next(download.steps(trio.current_time()), None) is None and len(download.flights) < PER_OBJECT:
+            download.following = None
+            if self._cached(download.source, entry) < entry.size and self._has_room_for(download, entry):
+                self._nursery.start_soon(self._pull, download, entry)
+
+    async def _pull(self, download: Download, entry: Entry) -> None:
+        """Keep the next shard open, which fetches it, as long as this one is read and a while longer."""
+        reader = await self.open(download.source, entry)
+        await download.left.wait()
+        await trio.sleep(AHEAD_SECONDS)
+        reader.close()
+
+    def _cached(self, source: Source, entry: Entry) -> int:
+        return self._cache.cached_bytes(source.key(entry), entry.size)
+
+    def _has_room_for(self, download: Download, entry: Entry) -> bool:
+        coming = download.entry.size - download.object.cached_bytes
+        limit = self._cache.limit
+        return limit is None or self._cache.used() + coming + entry.size <= limit
 
     def keeps_pages(self, source: Source, entry: Entry) -> bool:
         """Return whether the kernel may keep its pages of `entry` over the open that asks.
@@ -206,6 +262,8 @@ class Fetcher:
         """Count one reader less; with the last one go prefetch, streams and, when quiet, the object."""
         download.readers -= 1
         if download.readers == 0:
+            download.left.set()
+            self._learn_order(download)
             download.prefetch = False
             download.streams = ()
             for flight in set(download.flights.values()):
@@ -268,6 +326,8 @@ class Fetcher:
         """Note that `span` is read; return whether its bytes are there."""
         if not download.object.complete:
             download.streams = advance(download.streams, span)
+            for block in span.blocks():
+                download.touched.setdefault(block)
         return bool(span) and self._serves(download, span)
 
     def _served(self, download: Download, span: Span, *, hit: bool) -> None:
@@ -434,6 +494,9 @@ class Fetcher:
         download.flights[step.block] = flight
         self._active += 1
         self._nursery.start_soon(self._fly, download, flight)
+        if not self._watching:
+            self._watching = True
+            self._nursery.start_soon(self._watch)
 
     def _fits(self, entry: Entry) -> bool:
         return self._cache.limit is None or entry.size <= self._cache.limit
@@ -460,7 +523,34 @@ class Fetcher:
                     del download.flights[block]
             download.wake()
             self.pump()
+            self._look_ahead(download)
             self._retire(download)
+
+    async def _watch(self) -> None:
+        """Renew the connection of flights that stand still while somebody waits for them."""
+        seen: dict[Flight, tuple[int, float]] = {}
+        while self._active:
+            await trio.sleep(WATCH_SECONDS)
+            now = trio.current_time()
+            flights = [(d, f) for d in self._downloads.values() for f in set(d.flights.values())]
+            moved = False
+            still: list[Flight] = []
+            for download, flight in flights:
+                done, since = seen.get(flight, (-1, now))
+                if flight.done != done:
+                    seen[flight] = flight.done, now
+                    moved = True
+                elif (
+                    any(block in download.demand for block in flight.blocks) and now - since >= STILL_SECONDS
+                ):
+                    still.append(flight)
+            for flight in still if moved else ():
+                if flight.renewed < RENEWALS:
+                    flight.renewed += 1
+                    seen[flight] = flight.done, now
+                    log.info("a connection stands still while others do not: asking again on another one")
+                    flight.attempt.cancel()
+        self._watching = False
 
     async def _land(self, download: Download, flight: Flight) -> None:
         """Bring the flight's bytes in and make them part of the cache, or of the memory without one."""
@@ -527,6 +617,10 @@ class Fetcher:
         log.error("%s", download.error)
         self._tainted.add(download.object.key)
         await trio.to_thread.run_sync(download.object.discard, limiter=self._disk)
+
+
+def _order(download: Download) -> str:
+    return f"order {download.object.key}"
 
 
 def _within(download: Download, start: int, size: int) -> Span:

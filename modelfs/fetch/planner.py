@@ -6,6 +6,7 @@ starts what comes out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -84,6 +85,17 @@ def is_weights(path: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in WEIGHTS)
 
 
+def following(path: str) -> str | None:
+    """Return the path of the shard after `path`, None if it is no shard or the last one.
+
+    Whoever writes a ``*.index.json`` (transformers, diffusers) names shards ``NAME-00001-of-00003.EXT``.
+    """
+    found = re.fullmatch(r"(.*-)(\d{5})(-of-)(\d{5})(\.[^/]*)", path, re.DOTALL)
+    if found is None or int(found[2]) >= int(found[4]):
+        return None
+    return f"{found[1]}{int(found[2]) + 1:05d}{found[3]}{found[4]}{found[5]}"
+
+
 def advance(streams: Sequence[Stream], span: Span) -> tuple[Stream, ...]:
     """Return `streams` after a read of `span`, the one that took it last.
 
@@ -107,6 +119,7 @@ def plan(
     demand: Iterable[int],
     streams: Sequence[Stream],
     whole: bool,
+    order: Sequence[int] = (),
 ) -> Iterator[Step]:
     """Yield what to fetch next, most urgent first, each block once.
 
@@ -116,6 +129,7 @@ def plan(
         demand: blocks that readers are waiting for, oldest wish first.
         streams: where readers are, most recent last.
         whole: fetch everything in the end: onward from the most recent stream, then what lies before it.
+        order: blocks in the order in which an earlier load read them; with `whole` they go before the rest.
 
     """
     planned: set[int] = set()
@@ -131,6 +145,7 @@ def plan(
         here = max(0, stream.position - 1) // BLOCK
         yield from fresh(range(here, here + 1 + stream.window), Priority.READAHEAD)
     if whole:
+        yield from fresh(order, Priority.PREFETCH)
         start = max(0, streams[-1].position - 1) // BLOCK if streams else 0
         yield from fresh(range(start, blocks), Priority.PREFETCH)
         yield from fresh(range(start), Priority.PREFETCH)

@@ -125,7 +125,9 @@ class Transfer:
         location = await download.source.location(download.entry)
         download.digest = download.digest or location.digest
         sink = _Sink(self, download, flight, part)
-        await self._client.fetch(location, part.rest, download.entry.size, sink)
+        # Cancelled by who sees that other connections are faster: the rest is asked for on another one.
+        with trio.CancelScope() as flight.attempt:
+            await self._client.fetch(location, part.rest, download.entry.size, sink)
 
     async def _recover(
         self,

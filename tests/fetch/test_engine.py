@@ -68,8 +68,9 @@ class Rig:
         self.cache = cache
         self.metrics = metrics
 
-    async def open(self, path: str) -> Any:
-        return await self.fetcher.open(self.source, await self.store.entry(path))
+    async def open(self, path: str, following: str | None = None) -> Any:
+        ahead = None if following is None else await self.store.entry(following)
+        return await self.fetcher.open(self.source, await self.store.entry(path), ahead)
 
     async def until(self, true: Callable[[], bool]) -> None:
         """Wait until something that happens in other tasks and threads has happened."""
@@ -189,6 +190,95 @@ def test_a_weight_file_is_fetched_whole_from_open(tmp_path: Path) -> None:
         assert len(rig.origin.contents()) == before
 
     with Origin({"x.safetensors": data}) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_the_next_shard_comes_in_while_one_is_read(tmp_path: Path) -> None:
+    names = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    files = {name: noise(3 * BLOCK, seed) for seed, name in enumerate(names)}
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open(names[0], following=names[1])
+        await rig.until(lambda: rig.fetched() == 6 * BLOCK)
+        assert {path for _, path, _ in rig.origin.contents()} == set(names[:2])  # and not the one after
+        reader.close()
+
+    with Origin(files) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_a_next_shard_without_room_is_left_alone(tmp_path: Path) -> None:
+    files = {"a-00001-of-00002.bin": noise(3 * BLOCK), "a-00002-of-00002.bin": noise(3 * BLOCK, 2)}
+
+    async def test(rig: Rig) -> None:
+        first, second = files
+        reader = await rig.open(first, following=second)
+        await rig.until(lambda: rig.fetched() == 3 * BLOCK and not rig.fetcher.in_flight)
+        assert await reader.read(0, 3 * BLOCK) == files[first]
+        assert {path for _, path, _ in rig.origin.contents()} == {first}
+
+    with Origin(files) as origin:
+        against(origin, tmp_path, test, limit=5 * BLOCK)
+
+
+def test_a_later_load_prefetches_in_the_order_of_the_first(tmp_path: Path) -> None:
+    data = noise(40 * BLOCK)
+    order = [30, 5, 17, 2]
+
+    async def first(rig: Rig) -> None:
+        reader = await rig.open("x.bin")
+        for block in order:
+            await reader.read(block * BLOCK, 10)
+        reader.close()
+        await rig.until(lambda: not rig.fetcher.in_flight)
+        key = rig.source.key(await rig.store.entry("x.bin"))
+        while await trio.to_thread.run_sync(rig.cache.get_meta, f"order {key}") is None:
+            """A thread writes it."""
+
+    async def second(rig: Rig) -> None:
+        key = rig.source.key(await rig.store.entry("x.bin"))
+        await trio.to_thread.run_sync(rig.cache.discard, key)
+        rig.origin.log.clear()
+        await rig.open("x.bin")
+        await rig.until(lambda: len(rig.origin.contents()) >= 8)
+        spans = [span for _, _, span in rig.origin.contents()][:8]  # so many are under way at once
+        assert {int(span.removeprefix("bytes=").split("-")[0]) // BLOCK for span in spans} >= set(order)
+
+    with Origin({"x.bin": data}) as origin:
+        against(origin, tmp_path, first)
+        against(origin, tmp_path, second)
+
+
+def test_a_connection_that_stands_still_is_given_up_for_another(tmp_path: Path) -> None:
+    data, other = noise(2 * BLOCK), noise(200 * MIB, 2)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        _, event = rig.origin.held["x.dat"]
+        read: list[bytes] = []
+
+        async def stuck() -> None:
+            read.append(await reader.read(0, BLOCK))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stuck)
+            await rig.until(lambda: rig.fetched() >= MIB)
+            del rig.origin.held["x.dat"]  # the next connection is a good one
+            moving = await rig.open("y.dat")
+            offset = 0
+            while not read:  # others make progress meanwhile
+                assert await moving.read(offset, MIB) == other[offset : offset + MIB]
+                offset = (offset + MIB) % len(other)
+                await trio.sleep(0.05)
+        assert read == [data[:BLOCK]]
+        spans = [span for _, path, span in rig.origin.contents() if path == "x.dat"]
+        asked = [span for span in spans if span.endswith(f"-{BLOCK - 1}")]
+        assert asked[0] == f"bytes=0-{BLOCK - 1}"
+        assert asked[1] != asked[0]  # only the rest was asked for again
+        event.set()
+
+    with Origin({"x.dat": data, "y.dat": other}) as origin:
+        origin.held["x.dat"] = (2 * MIB, threading.Event())
         against(origin, tmp_path, test)
 
 

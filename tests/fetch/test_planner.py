@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from modelfs.fetch.planner import (
     Step,
     Stream,
     advance,
+    following,
     is_weights,
     plan,
 )
@@ -111,3 +113,24 @@ def test_a_plan_is_sound(
     }
     if whole:
         assert set(chosen) == {block for block in absent if block < blocks}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"),
+        ("unet/pytorch_model-00009-of-00010.bin", "unet/pytorch_model-00010-of-00010.bin"),
+        ("model-00003-of-00003.safetensors", None),
+        ("model.safetensors", None),
+        ("model-1-of-3.safetensors", None),
+    ],
+)
+def test_the_shard_after_a_shard(path: str, expected: str | None) -> None:
+    assert following(path) == expected
+
+
+def test_a_learned_order_goes_before_the_rest() -> None:
+    steps = plan(
+        blocks=6, absent=lambda block: block != 3, demand=[5], streams=(), whole=True, order=[4, 3, 1]
+    )
+    assert [step.block for step in steps] == [5, 4, 1, 0, 2]
