@@ -81,7 +81,7 @@ RENEWALS = 3
 COMPLETED = 16 * 1024 * 1024
 """Bytes up to which content is completed before it is lent: its readers never need the daemon again."""
 
-COMPLETING = 20.0
+COMPLETING = 5.0
 """Seconds for which a loan waits for content to be completed; without it the reader waits in its reads."""
 
 PREFETCH_PAUSE = 15.0

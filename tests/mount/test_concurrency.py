@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from modelfs.testing.s3 import S3Server
 from tests.mount.harness import DEADLINE, Mounted, mounted
 from tests.origin import Origin
 
@@ -224,24 +223,3 @@ def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-
-
-def test_streaming_a_gigabyte_to_many_readers_takes_little_memory(place: Path, transport: str) -> None:
-    file, size = place / "big.safetensors", 1 << 30
-    pattern = bytearray(noise(BLOCK, 9))
-    with file.open("wb") as out:
-        for number in range(size // BLOCK):
-            pattern[:8] = number.to_bytes(8, "big")
-            out.write(pattern)
-    with S3Server() as s3:
-        s3.client().create_bucket(Bucket="big")
-        s3.put_file("big", "model/big.safetensors", file)
-        sources = {"m": "s3://big/model/"}
-        with mounted(place, sources=sources, env=s3.env(), transport=transport) as mount:
-            shown = str(mount.path / "m" / "big.safetensors")
-            assert outputs([start("cmp", shown, str(file)) for _ in range(4)]) == [""] * 4
-            status = mount.status()
-            assert status["fetch"]["bytes"] == size
-            memory = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{status['pid']}/status").read_text())
-            assert memory
-            assert int(memory[1]) < 200 * 1024

@@ -114,9 +114,14 @@ class Runs:
     offline_requests: int
 
 
-@pytest.fixture(scope="module", params=STORES)
-def runs(request: pytest.FixtureRequest, zoo: Path, transport: str) -> Iterator[Runs]:
-    with open_directory() as place, STORES[request.param](zoo) as store:
+MOUNTS = [("file", "kernel"), ("s3", "kernel"), ("hf", "kernel"), ("hf", "pyfuse3")]
+"""Every store and every transport; not every pair, for a store does not see the transport."""
+
+
+@pytest.fixture(scope="module", params=MOUNTS, ids="-".join)
+def runs(request: pytest.FixtureRequest, zoo: Path) -> Iterator[Runs]:
+    kind, transport = request.param
+    with open_directory() as place, STORES[kind](zoo) as store:
 
         def mount() -> AbstractContextManager[Mounted]:
             return mounted(place, "--allow-other", sources=store.sources, env=store.env, transport=transport)
