@@ -90,6 +90,7 @@ WANTED = (
 )
 """Never WRITEBACK_CACHE: with it the kernel refuses passthrough without a word."""
 
+_NEEDS_ROOT = "the kernel transport needs root; pyfuse3 does not"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _BACKING = struct.Struct("=iIQ")
 _BACKING_OPEN = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
@@ -747,6 +748,8 @@ def open_device() -> int:
     """
     try:
         return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError:
+        raise MountError(_NEEDS_ROOT) from None
     except OSError as error:
         raise MountError(
             f"/dev/fuse: {error.strerror}: load the fuse module, or give the container the device"
@@ -774,5 +777,6 @@ def _mount(device: int, place: Path, *, allow_other: bool) -> None:
     )
     if refused:
         code = ctypes.get_errno()
-        remedy = "only root may mount so: use --transport pyfuse3" if code == errno.EPERM else "see dmesg"
-        raise MountError(f"{place}: cannot mount: {os.strerror(code)}; {remedy}")
+        if code == errno.EPERM:
+            raise MountError(_NEEDS_ROOT)
+        raise MountError(f"{place}: cannot mount: {os.strerror(code)}; see dmesg")
