@@ -17,6 +17,7 @@ from modelfs import __version__, control
 from modelfs.cache import Cache
 from modelfs.catalog import Catalog
 from modelfs.config import Settings, options_for
+from modelfs.control.app import serve
 from modelfs.errors import ModelfsError, MountError
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
@@ -46,11 +47,14 @@ def run(settings: Settings, *, ready: Callable[[], None], held: Held | None = No
 
     Raises:
         ModelfsError: the mount could not be made; nothing is left mounted then.
+        KeyboardInterrupt: SIGINT came before it was made.
 
     """
     try:
         return trio.run(partial(_main, settings, ready, held), strict_exception_groups=True)
     except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         known = group.subgroup(ModelfsError)
         if known is None:
             raise
@@ -185,7 +189,7 @@ class Daemon:
         mount = mountpoint.mount_at(self._place)
         if mount is not None:
             await trio.to_thread.run_sync(tune, mount.device)
-        await nursery.start(control.serve, self, control.socket_path(self._place))
+        await nursery.start(serve, self, control.socket_path(self._place))
         self._serving = True
         ready()
 

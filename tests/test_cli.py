@@ -22,6 +22,7 @@ from rich.console import Console
 import modelfs
 from modelfs import cli, control
 from modelfs.cli import launch, show
+from modelfs.control.app import serve
 from modelfs.errors import CacheLocked, ConfigError, ModelfsError, MountError, NotFound, Unavailable
 from modelfs.fuse import mountpoint
 from tests.status_document import document
@@ -157,7 +158,7 @@ def test_ctrl_c_exits_with_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_exit_codes_are_documented() -> None:
     text = (ROOT / "docs/cli.md").read_text()
     rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE))
-    assert set(rows) == {"0", "1", "2", "130", *(str(code) for _, code in cli.EXIT_CODES)}
+    assert set(rows) == {"0", "1", "2", "130", "143", *(str(code) for _, code in cli.EXIT_CODES)}
     for kind, code in cli.EXIT_CODES:
         if kind is not Exception:
             assert f"`{kind.__name__}`" in rows[str(code)]
@@ -381,7 +382,7 @@ def with_daemon(words: list[str], mount: Path) -> subprocess.CompletedProcess[st
 
     async def main() -> subprocess.CompletedProcess[str]:
         async with trio.open_nursery() as nursery:
-            await nursery.start(control.serve, FakeDaemon(str(mount)), control.socket_path(mount))
+            await nursery.start(serve, FakeDaemon(str(mount)), control.socket_path(mount))
             command = [sys.executable, "-m", "modelfs", *words]
             raw = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
             nursery.cancel_scope.cancel()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import select
+import signal
 import site
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
@@ -78,13 +80,19 @@ def foreground(settings: Settings) -> None:
     """Run the daemon in this process until it is unmounted or told to end.
 
     Raises:
-        ModelfsError: as `daemon.run`.
+        ModelfsError: as `daemon.run`, or another modelfs mounts there.
 
     """
     if settings.log_file is not None:
         _open_log(settings.log_file).close()
     log_to(settings.log_file, settings.log_level)
-    _run_daemon(settings, lambda: log.info("ready: %s", settings.mountpoint), None)
+    with _claim(settings.mountpoint) as claim:
+
+        def ready() -> None:
+            claim.close()
+            log.info("ready: %s", settings.mountpoint)
+
+        _run_daemon(settings, ready, None)
 
 
 def _run_daemon(settings: Settings, ready: Callable[[], None], held: Held | None) -> None:
@@ -103,15 +111,22 @@ def _is_held(settings: Settings) -> bool:
 def background(settings: Settings) -> dict[str, Any]:
     """Start a daemon in a session of its own, wait until its mount answers, and return its status.
 
-    Whatever fails before that, also an interrupt, ends the daemon and leaves nothing mounted.
+    Whatever fails before that, also an interrupt or SIGTERM, ends the daemon and leaves nothing mounted.
 
     Raises:
-        ModelfsError: what the daemon said, or that it did not come up.
+        ModelfsError: what the daemon said, that it did not come up, or that another modelfs mounts there.
+        SystemExit: on SIGTERM and SIGHUP, with 128 and the signal's number.
 
     """
     file = settings.log_file or default_log_file(settings.mountpoint)
     ready, told = os.pipe()
-    with _open_log(file) as output, os.fdopen(ready, "rb", buffering=0) as answers:
+    with (
+        os.fdopen(ready, "rb", buffering=0) as answers,
+        os.fdopen(told, "wb", buffering=0) as teller,
+        _open_log(file) as output,
+        _claim(settings.mountpoint),
+        _leaving_on_signals(),
+    ):
         start = output.seek(0, os.SEEK_END)
         # -P: the working directory is no place to import from.
         words = ["modelfs", "daemon", "--ready-fd", str(told)]
@@ -127,8 +142,8 @@ def background(settings: Settings) -> dict[str, Any]:
             start_new_session=True,
             env=_environment(),
         )
-        os.close(told)
         try:
+            teller.close()
             _hand_over(process, replace(settings, log_file=file))
             _await_ready(answers, file, start)
             mountpoint.check_answers(settings.mountpoint)
@@ -136,6 +151,43 @@ def background(settings: Settings) -> dict[str, Any]:
         except BaseException:
             _abandon(process, settings.mountpoint)
             raise
+
+
+def _claim(path: Path) -> IO[bytes]:
+    """Become the only one of this user's processes that mounts on `path`, until what is returned is closed.
+
+    Two at once would both find the place free, and mount one on the other.
+
+    Raises:
+        MountError: another one is at it.
+
+    """
+    claim = control.socket_path(path).with_suffix(".lock").open("ab")
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        claim.close()
+        raise MountError(f"{path} is being mounted already: wait for the other modelfs mount") from None
+    return claim
+
+
+@contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """Let the first SIGTERM or SIGHUP raise SystemExit, so that what was begun is undone."""
+
+    def leave(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    # Under nohup SIGHUP is ignored, and stays so.
+    before = {n: signal.signal(n, leave) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _environment() -> dict[str, str]:
@@ -175,15 +227,18 @@ def _await_ready(answers: IO[bytes], file: Path, start: int) -> None:
 
 
 def _abandon(process: subprocess.Popen[bytes], path: Path) -> None:
-    """End a daemon that did not come up, and take away what it may have mounted."""
+    """End a daemon that did not come up, and take away what it may have mounted.
+
+    What answers is another's, mounted before it or meanwhile.
+    """
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # a holder's daemon too
         process.wait()
     mount = mountpoint.mount_at(path)
-    if mount is not None and mount.ours:
+    if mount is not None and mount.ours and mountpoint.is_stale(path):
         mountpoint.detach(path, lazy=True)
 
 

@@ -40,6 +40,8 @@ class Mounted:
         self.cache = cache
         self.log = log
         self.env = dict(env)
+        self.words: Sequence[str] = ()
+        """The command that mounted it."""
         self.allowed_errors: list[str] = []
         """Regular expressions of log lines that this test provokes."""
 
@@ -184,6 +186,7 @@ def mounted(
         file = directory / "modelfs.yaml"
         file.write_text(config)
         words += ["--config", str(file)]
+    own.words = words
     failed = True
     try:
         own.cli(*words)
@@ -198,7 +201,7 @@ def mounted(
 def _teardown(own: Mounted) -> None:
     if mountpoint.mount_at(own.path) is None:
         return
-    pids = daemon_pids(own.path)
+    pids = daemon_pids(own)
     result = own.cli("umount", str(own.path), check=False)
     while mountpoint.mount_at(own.path) is not None:
         mountpoint.detach(own.path, lazy=True)
@@ -207,9 +210,9 @@ def _teardown(own: Mounted) -> None:
             os.kill(pid, 15)
 
 
-def daemon_pids(path: Path) -> Sequence[int]:
-    """Return the processes that serve the mount at `path`, as the daemon says itself."""
-    result = modelfs("status", str(path), "--json", check=False)
+def daemon_pids(own: Mounted) -> Sequence[int]:
+    """Return the processes that serve the mount, as the daemon says itself."""
+    result = own.cli("status", str(own.path), "--json", check=False)
     return [int(json.loads(result.stdout)["pid"])] if result.returncode == 0 else []
 
 
