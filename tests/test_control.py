@@ -21,6 +21,7 @@ import trio
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from modelfs import control
+from modelfs.control.app import serve
 from modelfs.errors import Corrupt, ModelfsError, MountError, NotFound
 from modelfs.metrics import Metrics
 from tests.status_document import document
@@ -66,7 +67,7 @@ def serving(talk: Callable[[Path], T], daemon: FakeDaemon | None = None) -> T:
     async def main() -> T:
         path = control.socket_path(Path(own.status()["mountpoint"]))
         async with trio.open_nursery() as nursery:
-            await nursery.start(control.serve, own, path)
+            await nursery.start(serve, own, path)
             with trio.fail_after(20):
                 answer = await trio.to_thread.run_sync(talk, path, abandon_on_cancel=True)
             nursery.cancel_scope.cancel()
@@ -148,7 +149,7 @@ def test_a_shutdown_is_answered_before_the_daemon_stops() -> None:
     async def main() -> None:
         path = control.socket_path(Path("/models"))
         async with trio.open_nursery() as nursery:
-            await nursery.start(control.serve, daemon, path)
+            await nursery.start(serve, daemon, path)
             with trio.fail_after(20):
                 await trio.to_thread.run_sync(control.ControlClient(path).stop)
                 await daemon.stopped.wait()
@@ -205,8 +206,8 @@ def test_the_socket_of_a_daemon_that_was_detached_is_taken_over() -> None:
         path = control.socket_path(Path("/models"))
         async with trio.open_nursery() as outer:
             async with trio.open_nursery() as inner:
-                await inner.start(control.serve, old, path)
-                await outer.start(control.serve, new, path)
+                await inner.start(serve, old, path)
+                await outer.start(serve, new, path)
                 inner.cancel_scope.cancel()
             # The old one has ended, and left what is not its own.
             with trio.fail_after(20):
@@ -231,7 +232,7 @@ def test_cancelling_ends_the_server_while_somebody_is_connected() -> None:
         path = control.socket_path(Path("/models"))
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                await nursery.start(control.serve, FakeDaemon(), path)
+                await nursery.start(serve, FakeDaemon(), path)
                 stream = await trio.open_unix_socket(path)
                 await stream.send_all(b"GET /v1/status HTTP/1.1\r\n")
                 nursery.cancel_scope.cancel()
@@ -260,12 +261,13 @@ def test_what_a_killed_daemon_left_is_skipped_and_removed(runtime: Path) -> None
         import sys, trio
         from pathlib import Path
         from modelfs import control
+        from modelfs.control.app import serve
         from tests.test_control import FakeDaemon
 
         async def main():
             path = control.socket_path(Path("/killed"))
             async with trio.open_nursery() as nursery:
-                await nursery.start(control.serve, FakeDaemon("/killed"), path)
+                await nursery.start(serve, FakeDaemon("/killed"), path)
                 print("ready", flush=True)
 
         trio.run(main)

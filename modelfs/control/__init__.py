@@ -1,21 +1,18 @@
 """The control API of one daemon: JSON over HTTP on a Unix socket that only its user can open.
 
 ``app`` is the daemon's side, ``client`` everybody else's, ``runtime`` where the sockets lie. docs/status.md
-describes what the API says.
+describes what the API says. Only daemons import ``app``: a command would pay for a web server.
 """
 
-from modelfs.control.app import Daemon, serve
 from modelfs.control.client import ControlClient, error_of
 from modelfs.control.runtime import Record, find, mounts, runtime_dir, socket_path
 
 __all__ = [
     "ControlClient",
-    "Daemon",
     "Record",
     "error_of",
     "find",
     "mounts",
     "runtime_dir",
-    "serve",
     "socket_path",
 ]
