@@ -16,8 +16,9 @@ import trio
 from modelfs import __version__
 from modelfs.cache import Cache
 from modelfs.errors import NotFound, StoreError
-from modelfs.fetch.engine import Fetcher, Reader
+from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.planner import following
+from modelfs.fetch.reader import Reader
 from modelfs.fetch.source import Source, retrying
 from modelfs.metrics import Metrics
 from modelfs.stores import Options, open_store

@@ -19,8 +19,9 @@ a worker thread of the range client. They share with the trio thread only the fl
 - everything else crosses over with ``run_sync_soon`` (progress) or ``from_thread.run_sync`` (a store that
   ignores ranges changes what a flight covers, which only the trio thread may decide).
 
-No lock is held across I/O. Bytes go to the cache file; only when the cache disk fails do they stay in
-memory, bounded by `MEMORY_BLOCKS`.
+No lock is held across I/O. Bytes go to the cache file: what is on its way takes no more memory than the buffers
+of the connections, 768 KiB each, 12 MiB for 16 of them. Only while the cache disk fails do blocks stay in
+memory: `MEMORY_BLOCKS`, and as many on their way, 64 MiB.
 
 What a reader may get
 ---------------------
@@ -34,28 +35,22 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
 
 import trio
 
-from modelfs.cache import Cache, CacheObject, Loan, Place
+from modelfs.cache import Cache
 from modelfs.errors import CacheError, Corrupt, ModelfsError
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.download import GRAIN, PER_OBJECT, Download, Flight
-from modelfs.fetch.planner import Priority, Step, advance, is_weights
+from modelfs.fetch.planner import Priority, Step, is_weights
+from modelfs.fetch.reader import Reader
 from modelfs.fetch.source import Source
 from modelfs.fetch.transfer import Transfer
 from modelfs.metrics import Metrics
 from modelfs.types import BLOCK, Digest, Entry, Span, block_span
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-Buffer = bytes | bytearray
-"""What a read returns; the caller may keep it, nobody changes it any more."""
 
 RESERVED = {Priority.DEMAND: 0, Priority.READAHEAD: 2, Priority.PREFETCH: 4}
 """Connections each priority leaves free for more urgent work."""
@@ -78,61 +73,8 @@ STILL_SECONDS = 2.0
 RENEWALS = 3
 """How often the connection of one flight is given up; after that the client's own timeouts count."""
 
-COMPLETED = 16 * 1024 * 1024
-"""Bytes up to which content is completed before it is lent: its readers never need the daemon again."""
-
-COMPLETING = 5.0
-"""Seconds for which a loan waits for content to be completed; without it the reader waits in its reads."""
-
 PREFETCH_PAUSE = 15.0
 """Seconds for which an object is not prefetched after a block of it failed."""
-
-
-class Reader:
-    """One open handle on the content of an entry; made by :meth:`Fetcher.open`."""
-
-    def __init__(self, fetcher: Fetcher, download: Download) -> None:
-        self._fetcher = fetcher
-        self._download = download
-        self._closed = False
-
-    async def read(self, start: int, size: int) -> Buffer:
-        """Return the bytes ``[start, start + size)``, fewer only at the end of the content.
-
-        Cancelling leaves what is on its way on its way.
-
-        Raises:
-            StoreError: the bytes cannot be had: retries ended, or the deadline passed.
-            Corrupt: the content does not have its published digest.
-
-        """
-        return await self._fetcher.read(self._download, start, size)
-
-    def place_now(self, start: int, size: int) -> Place | bytes | None:
-        """Return where the bytes lie that `read` would return, or None if that needs waiting.
-
-        Bytes instead of a place are all there is, as at the end of the content.
-        """
-        return self._fetcher.place_now(self._download, start, size)
-
-    async def place(self, start: int, size: int) -> Place | Buffer:
-        """Return where the bytes lie that `read` would return, or the bytes; raise what `read` raises."""
-        return await self._fetcher.place(self._download, start, size)
-
-    async def lend(self) -> Loan | None:
-        """Return the data file for somebody who reads it without us, or None if that cannot be now.
-
-        It can once the content is complete, checked and verified. Content of up to `COMPLETED` bytes is
-        brought there first, for at most `COMPLETING` seconds; of larger content what is there is checked in
-        the background. Who gets a loan closes it, in a thread.
-        """
-        return await self._fetcher.lend(self._download)
-
-    def close(self) -> None:
-        """Let go; prefetching ends with the last reader of the object."""
-        if not self._closed:
-            self._closed = True
-            self._fetcher.release(self._download)
 
 
 class Fetcher:
@@ -161,9 +103,9 @@ class Fetcher:
         self._nursery = nursery
         self._cache = cache
         self._transfer = Transfer(client, metrics, read_deadline, self.committed)
-        self._metrics = metrics
+        self.metrics = metrics
         self._connections = connections
-        self._deadline = read_deadline
+        self.deadline = read_deadline
         self._downloads: OrderedDict[str, Download] = OrderedDict()
         self._active = 0
         self._closing = False
@@ -172,7 +114,7 @@ class Fetcher:
         self._memory: OrderedDict[tuple[str, int], Flight] = OrderedDict()
         self._memory_slots = trio.Semaphore(MEMORY_BLOCKS)
         self._tainted: set[str] = set()
-        self._disk = trio.CapacityLimiter(16)
+        self.disk = trio.CapacityLimiter(16)
 
     @property
     def in_flight(self) -> int:
@@ -193,10 +135,10 @@ class Fetcher:
         key = source.key(entry)
         download = self._downloads.get(key)
         if download is None or download.error:
-            cached = await trio.to_thread.run_sync(self._cache.object, key, entry.size, limiter=self._disk)
+            cached = await trio.to_thread.run_sync(self._cache.object, key, entry.size, limiter=self.disk)
             current = self._downloads.get(key)
             if current is not None and not current.error:
-                await trio.to_thread.run_sync(cached.close, limiter=self._disk)
+                await trio.to_thread.run_sync(cached.close, limiter=self.disk)
                 download = current
             else:
                 download = self._downloads[key] = Download(source, entry, cached)
@@ -213,7 +155,7 @@ class Fetcher:
 
     async def _learned_order(self, download: Download) -> list[int]:
         """Return the blocks in the order in which the last load from this store read them."""
-        order = await trio.to_thread.run_sync(self._cache.get_meta, _order(download), limiter=self._disk)
+        order = await trio.to_thread.run_sync(self._cache.get_meta, _order(download), limiter=self.disk)
         return [block for block in order if isinstance(block, int)] if isinstance(order, list) else []
 
     def _learn_order(self, download: Download) -> None:
@@ -221,7 +163,7 @@ class Fetcher:
         touched = list(download.touched)
         if len(touched) > 1 and touched != sorted(touched) and touched != download.order:
             keep = partial(self._cache.set_meta, _order(download), touched)
-            self._nursery.start_soon(partial(trio.to_thread.run_sync, keep, limiter=self._disk))
+            self._nursery.start_soon(partial(trio.to_thread.run_sync, keep, limiter=self.disk))
 
     def _look_ahead(self, download: Download) -> None:
         """Begin with the next shard if nothing of this one is left to fetch."""
@@ -281,177 +223,25 @@ class Fetcher:
             del self._downloads[key]
         for held in [k for k in self._memory if k[0] == key]:
             del self._memory[held]
-        self._nursery.start_soon(partial(trio.to_thread.run_sync, download.object.close, limiter=self._disk))
+        self._nursery.start_soon(partial(trio.to_thread.run_sync, download.object.close, limiter=self.disk))
 
-    async def read(self, download: Download, start: int, size: int) -> Buffer:
-        """Return the bytes ``[start, start + size)`` of `download`; see :meth:`Reader.read`."""
-        span = _within(download, start, size)
-        hit = self._begin(download, span)
-        data: Buffer | None = download.object.read_now(span) if hit else None
-        if data is None:
-            arrived: Buffer = await self._patiently(download, span, self._collect)
-            data = arrived
-        self._served(download, span, hit=hit)
-        return data
-
-    def place_now(self, download: Download, start: int, size: int) -> Place | bytes | None:
-        """Return where ``[start, start + size)`` of `download` lies; see :meth:`Reader.place_now`."""
-        span = _within(download, start, size)
-        if not span:
-            return b""
-        if not self._serves(download, span):
-            return None
-        place = download.object.place(span)
-        if place is not None:
-            self._begin(download, span)
-            self._served(download, span, hit=True)
-        return place
-
-    async def place(self, download: Download, start: int, size: int) -> Place | Buffer:
-        """Return where these bytes of `download` lie, or the bytes; see :meth:`Reader.place`."""
-        span = _within(download, start, size)
-        hit = self._begin(download, span)
-        found: Place | Buffer = await self._patiently(download, span, self._place)
-        self._served(download, span, hit=hit)
-        return found
-
-    async def _place(self, download: Download, span: Span) -> Place | Buffer | None:
-        place = download.object.place(span) if self._serves(download, span) else None
-        return await self._collect(download, span) if place is None else place
-
-    def _serves(self, download: Download, span: Span) -> bool:
-        return download.error is None and download.serves(span)
-
-    def _begin(self, download: Download, span: Span) -> bool:
-        """Note that `span` is read; return whether its bytes are there."""
-        if not download.object.complete:
-            download.streams = advance(download.streams, span)
-            for block in span.blocks():
-                download.touched.setdefault(block)
-        return bool(span) and self._serves(download, span)
-
-    def _served(self, download: Download, span: Span, *, hit: bool) -> None:
-        self._metrics.read_bytes.inc(len(span))
-        if hit:
-            self._metrics.hit_bytes.inc(len(span))
-        self.pump_for(download)
-
-    async def lend(self, download: Download) -> Loan | None:
-        """Return the data file of `download`, or None; see :meth:`Reader.lend`."""
-        cached, small = download.object, download.entry.size <= COMPLETED
-        if small and not cached.complete:
-            with trio.move_on_after(COMPLETING):
-                try:
-                    await self._arrival(download, Span(0, download.entry.size))
-                    while download.flights:  # what has arrived becomes part of the cache
-                        await download.changed()
-                except ModelfsError as error:
-                    log.info("%s: not completed at open: %s", download.entry.path, error)
-        if not cached.complete or download.error:
-            return None
-        if cached.unchecked:
-            if not small:
-                self._start_checking(download)
-                return None
-            await self._check(download)
-        if download.digest is not None and not cached.verified:
-            return None
-        try:
-            return await trio.to_thread.run_sync(cached.lend, limiter=self._disk)
-        except CacheError as error:
-            log.info("%s: read through the daemon: %s", download.entry.path, error)
-            return None
-
-    def _start_checking(self, download: Download) -> None:
+    def start_checking(self, download: Download) -> None:
+        """Compare what an unclean stop left with its checksums in the background."""
         if not download.checking:
             download.checking = True
-            self._nursery.start_soon(self._check, download)
+            self._nursery.start_soon(self.check, download)
 
-    async def _check(self, download: Download) -> None:
+    async def check(self, download: Download) -> None:
         """Compare what an unclean stop left with its checksums, so that it can be lent."""
         for block in download.blocks:
-            await trio.to_thread.run_sync(download.object.check, block, limiter=self._disk)
+            await trio.to_thread.run_sync(download.object.check, block, limiter=self.disk)
         download.checking = False
         self._retire(download)
 
-    async def _patiently(
-        self, download: Download, span: Span, take: Callable[[Download, Span], Awaitable[T | None]]
-    ) -> T:
-        """Return what `take` gets of `span` once its bytes are there, waiting for the disk and the store."""
-        with trio.move_on_after(self._deadline):
-            while True:
-                if not download.serves(span):
-                    await self._arrival(download, span)
-                taken = await take(download, span)
-                if taken is not None:
-                    return taken
-        raise download.source.unavailable(f"{download.entry.path} {span.start}-{span.stop}", self._deadline)
-
-    async def _arrival(self, download: Download, span: Span) -> None:
-        """Return when all of `span` is there; raise what keeps it from coming."""
-        pieces = download.pieces(span)
-        seen: set[Flight] = set()
-        wanted: list[int] = []
-        try:
-            while True:
-                if download.error:
-                    raise download.error
-                missing = [
-                    (block, piece) for block, piece in pieces if not self._there(download, block, piece)
-                ]
-                if not missing:
-                    return
-                for flight in seen:
-                    if flight.error:
-                        raise flight.error
-                for block, piece in missing:
-                    if block not in wanted and not download.object.has(block):
-                        wanted.append(block)
-                        download.want(block, piece.start)
-                self.pump_for(download)
-                for block, piece in missing:
-                    if coming := download.flights.get(block):
-                        seen.add(coming)
-                        coming.needs = (*coming.needs, piece.stop)
-                if all(not self._there(download, block, piece) for block, piece in missing):
-                    await download.changed()
-        finally:
-            for block in wanted:
-                download.unwant(block)
-
-    def _there(self, download: Download, block: int, piece: Span) -> bool:
-        return download.serves(piece) or self._in_memory(download, block, piece) is not None
-
-    def _in_memory(self, download: Download, block: int, piece: Span) -> Flight | None:
+    def in_memory(self, download: Download, block: int, piece: Span) -> Flight | None:
         """Return the flight whose buffer holds `piece`, if the cache disk could not take it."""
         flight = self._memory.get((download.object.key, block)) or download.flights.get(block)
         return flight if flight is not None and flight.buffer is not None and flight.holds(piece) else None
-
-    async def _collect(self, download: Download, span: Span) -> Buffer | None:
-        """Return the bytes of `span` from disk and memory; None if some are no longer there."""
-        if download.error:
-            raise download.error
-        if download.serves(span):
-            return await self._read_disk(download.object, span)
-        parts: list[Buffer] = []
-        for block, piece in download.pieces(span):
-            flight = self._in_memory(download, block, piece)
-            if flight is not None and flight.buffer is not None:
-                start = piece.start - block_span(block, download.entry.size).start
-                parts.append(flight.buffer[start : start + len(piece)])
-            elif download.serves(piece) and (data := await self._read_disk(download.object, piece)):
-                parts.append(data)
-            else:
-                return None
-        return b"".join(parts)
-
-    async def _read_disk(self, cached: CacheObject, span: Span) -> bytes | None:
-        try:
-            return await trio.to_thread.run_sync(cached.read, span, limiter=self._disk)
-        except CacheError as error:
-            # The cache dropped the block: it will be fetched again.
-            log.warning("%s", error)
-            return None
 
     # -- scheduling ------------------------------------------------------------------------------------
 
@@ -559,7 +349,7 @@ class Fetcher:
                 await self._transfer.run(download, flight)
                 for block in flight.blocks:
                     if not download.object.has(block):
-                        await trio.to_thread.run_sync(download.object.commit, block, limiter=self._disk)
+                        await trio.to_thread.run_sync(download.object.commit, block, limiter=self.disk)
             except CacheError as error:
                 log.warning("%s; streaming without the cache for %g s", error, DISK_PAUSE)
                 self._disk_paused_until = trio.current_time() + DISK_PAUSE
@@ -602,7 +392,7 @@ class Fetcher:
         verifier = download.verifier = download.verifier or download.object.verifier(digest)
         verdict = None
         while verdict is None and (verifier.hashed == 0 or download.object.has(verifier.hashed // BLOCK)):
-            verdict = await trio.to_thread.run_sync(verifier.advance, limiter=self._disk)
+            verdict = await trio.to_thread.run_sync(verifier.advance, limiter=self.disk)
         download.verifying = False
         if verdict is False:
             await self._condemn(download)
@@ -616,13 +406,8 @@ class Fetcher:
         )
         log.error("%s", download.error)
         self._tainted.add(download.object.key)
-        await trio.to_thread.run_sync(download.object.discard, limiter=self._disk)
+        await trio.to_thread.run_sync(download.object.discard, limiter=self.disk)
 
 
 def _order(download: Download) -> str:
     return f"order {download.object.key}"
-
-
-def _within(download: Download, start: int, size: int) -> Span:
-    end = download.entry.size
-    return Span(min(start, end), min(start + size, end))

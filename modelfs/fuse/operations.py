@@ -21,7 +21,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from modelfs.cache import Loan, Place
 from modelfs.catalog import Catalog
 from modelfs.errors import ModelfsError
-from modelfs.fetch.engine import Buffer, Reader
+from modelfs.fetch.reader import Buffer, Reader
 from modelfs.metrics import Metrics
 from modelfs.tree import Directory, File, Link, Node, Text, Tree
 
