@@ -19,9 +19,9 @@ a worker thread of the range client. They share with the trio thread only the fl
 - everything else crosses over with ``run_sync_soon`` (progress) or ``from_thread.run_sync`` (a store that
   ignores ranges changes what a flight covers, which only the trio thread may decide).
 
-No lock is held across I/O. Bytes go to the cache file: what is on its way takes no more memory than the buffers
-of the connections, 768 KiB each, 12 MiB for 16 of them. Only while the cache disk fails do blocks stay in
-memory: `MEMORY_BLOCKS`, and as many on their way, 64 MiB.
+No lock is held across I/O. Bytes go to the cache file: what is on its way takes no more memory than the
+buffers of the connections, 768 KiB each, 12 MiB for 16 of them. Only while the cache disk fails do blocks
+stay in memory: `MEMORY_BLOCKS`, and as many on their way, 64 MiB.
 
 What a reader may get
 ---------------------
