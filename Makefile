@@ -37,8 +37,11 @@ check: .venv/.ready  ## ruff, mypy --strict, and the test of the layers
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_layers.py
 
-bench: .venv/.ready  ## the benchmark of the range client's candidates
+bench: .venv/.ready  ## the HTTP clients, then mounts beside rclone and s3fs; root; ARGS=--quick
+	@command -v s3fs >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends s3fs >/dev/null; } \
+	  || echo "s3fs cannot be installed: it is left out"
 	@$(BIN)/python -m bench.range_client
+	@$(BIN)/python -m bench.mounts $(ARGS)
 
 clean:  ## remove what the other commands made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out

@@ -60,10 +60,8 @@ def origin(root: Path) -> Iterator[Origin]:
         RuntimeError: nginx is not installed or does not start.
 
     """
-    nginx = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
-    if nginx is None:
-        raise RuntimeError("nginx is not installed: apt-get install nginx-light")
-    plain, tls = _free_ports(2)
+    nginx = find_nginx()
+    plain, tls = free_ports(2)
     with tempfile.TemporaryDirectory(prefix="modelfs-origin-") as directory:
         run = Path(directory)
         run.chmod(0o755)  # the workers are not root
@@ -75,14 +73,28 @@ def origin(root: Path) -> Iterator[Origin]:
         (run / "nginx.conf").write_text(_CONF.format(run=run, root=root, plain=plain, tls=tls))
         process = subprocess.Popen([nginx, "-p", directory, "-c", str(run / "nginx.conf")])
         try:
-            _await_port(process, tls)
+            await_port(process, tls)
             yield Origin(f"http://127.0.0.1:{plain}", f"https://127.0.0.1:{tls}", run / "ca.pem")
         finally:
             process.terminate()
             process.wait(timeout=10)
 
 
-def _free_ports(count: int) -> list[int]:
+def find_nginx() -> str:
+    """Return the path of nginx.
+
+    Raises:
+        RuntimeError: it is not installed.
+
+    """
+    nginx = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+    if nginx is None:
+        raise RuntimeError("nginx is not installed: apt-get install nginx-light")
+    return nginx
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of 127.0.0.1 that nobody listened on just now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
@@ -90,7 +102,13 @@ def _free_ports(count: int) -> list[int]:
         return [sock.getsockname()[1] for sock in sockets]
 
 
-def _await_port(process: subprocess.Popen[bytes], port: int) -> None:
+def await_port(process: subprocess.Popen[bytes], port: int) -> None:
+    """Return when nginx listens on `port` of 127.0.0.1.
+
+    Raises:
+        RuntimeError: it has ended, or 10 seconds have passed.
+
+    """
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         if process.poll() is not None:
