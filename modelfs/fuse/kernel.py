@@ -26,16 +26,11 @@ request waiting for us may hold: they are written in a thread.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import logging
 import os
-import select
 import signal
 import stat
-import struct
-import tempfile
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -49,88 +44,19 @@ from modelfs.errors import MountError
 from modelfs.fuse import ledger as ledgers
 from modelfs.fuse import mountpoint as mountpoints
 from modelfs.fuse import wire
+from modelfs.fuse.device import MAX_READ, Device
 from modelfs.fuse.ledger import Ledger
 from modelfs.fuse.operations import Attributes, Operations
-from modelfs.fuse.wire import Init, Opcode, Opening, Request
+from modelfs.fuse.wire import Opcode, Opening, Request
 from modelfs.tree import Change
-from modelfs.types import Span
 
 log = logging.getLogger(__name__)
-
-MAX_READ = 1020 * 1024
-"""Bytes of the largest read request: with its header it fits into a pipe of 1 MiB, in pages of 4 KiB."""
-
-MAX_BACKGROUND = 128
-"""Asynchronous requests (readahead, O_DIRECT) that the kernel sends before it waits for an answer."""
-
-STACK_DEPTH = 2
-"""The cache may lie on a file system that is stacked itself, such as a container's overlayfs."""
 
 BATCH = 32
 """Requests read before other tasks get their turn."""
 
 LEAVE_SECONDS = 10.0
 """How long what was begun may take when a successor waits; the kernel asks the successor for the rest."""
-
-HANDSHAKE_SECONDS = 10.0
-"""How long the kernel may take to begin the conversation after mounting."""
-
-WANTED = (
-    Init.ASYNC_READ
-    | Init.DO_READDIRPLUS
-    | Init.READDIRPLUS_AUTO
-    | Init.ASYNC_DIO
-    | Init.PARALLEL_DIROPS
-    | Init.MAX_PAGES
-    | Init.CACHE_SYMLINKS
-    | Init.EXPLICIT_INVAL_DATA
-    | Init.INIT_EXT
-    | Init.PASSTHROUGH
-    | Init.HAS_RESEND
-)
-"""Never WRITEBACK_CACHE: with it the kernel refuses passthrough without a word."""
-
-_NEEDS_ROOT = "the kernel transport needs root; pyfuse3 does not"
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
-_BACKING = struct.Struct("=iIQ")
-_BACKING_OPEN = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
-_BACKING_CLOSE = 0x4004E502  # _IOW(229, 2, uint32_t)
-
-
-class _Pipe:
-    """Where a reply is put together before the device takes it at once."""
-
-    def __init__(self) -> None:
-        self._open()
-
-    def _open(self) -> None:
-        self.output, self._input = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        with contextlib.suppress(PermissionError):  # it stays smaller for users with many pipes
-            fcntl.fcntl(self._input, fcntl.F_SETPIPE_SZ, MAX_READ + 4096)
-        self.room = fcntl.fcntl(self._input, fcntl.F_GETPIPE_SZ)
-
-    def fill(self, header: bytes, file: int, span: Span) -> bool:
-        """Put `header` and `span` of `file` in; return whether all of it went in."""
-        os.write(self._input, header)
-        start = span.start
-        while start < span.stop:
-            try:
-                moved = os.splice(file, self._input, span.stop - start, offset_src=start)
-            except BlockingIOError:
-                return False
-            if not moved:
-                return False
-            start += moved
-        return True
-
-    def empty(self) -> None:
-        """Throw away what is in it."""
-        self.close()
-        self._open()
-
-    def close(self) -> None:
-        os.close(self.output)
-        os.close(self._input)
 
 
 class Reply(NamedTuple):
@@ -161,7 +87,7 @@ class Transport:
     Args:
         operations: what answers.
         mountpoint: an existing directory.
-        device: a descriptor of ``/dev/fuse``; closed in the end.
+        device: the conversation with the kernel; closed in the end.
         ledger: what a successor must know.
 
     Attributes:
@@ -172,27 +98,24 @@ class Transport:
 
     name = "kernel"
 
-    def __init__(self, operations: Operations, mountpoint: Path, device: int, ledger: Ledger) -> None:
+    def __init__(self, operations: Operations, mountpoint: Path, device: Device, ledger: Ledger) -> None:
         self.passthrough = ledger.passthrough
         self.why = "the kernel reads complete files without the daemon"
         self._ops = operations
         self._mountpoint = mountpoint
         self._device = device
         self._ledger = ledger
-        self._buffer = memoryview(bytearray(wire.READ_BUFFER))
         self._inodes: dict[int, _Inode] = {}
         self._running: dict[int, tuple[int, trio.CancelScope]] = {}
         self._notices = trio.CapacityLimiter(1)
-        self._mounted = False
         self._leaving = trio.Event()
-        self._pipe = _Pipe()
 
     @classmethod
     def mount(
         cls,
         operations: Operations,
         mountpoint: Path,
-        device: int,
+        device: Device,
         ledger: Ledger,
         *,
         allow_other: bool,
@@ -204,7 +127,7 @@ class Transport:
         Args:
             operations: what answers.
             mountpoint: an existing directory.
-            device: a descriptor of ``/dev/fuse`` that was not used yet; closed in the end.
+            device: one that was not used yet; closed in the end.
             ledger: an empty one.
             allow_other: other users may read too.
             cache: the directory with the data files: can the kernel read from there without us?
@@ -216,9 +139,13 @@ class Transport:
         """
         own = cls(operations, mountpoint, device, ledger)
         try:
-            _mount(device, mountpoint, allow_other=allow_other)
-            own._mounted = True
-            flags, refusal = own._negotiate(cache)
+            device.mount(mountpoint, allow_other=allow_other)
+        except BaseException:
+            device.close()
+            raise
+        try:
+            flags = device.negotiate(mountpoint)
+            refusal = device.refusal(flags, cache)
             if refusal and demanding:
                 raise MountError(refusal)
             own.passthrough, own.why = refusal is None, refusal or own.why
@@ -229,19 +156,17 @@ class Transport:
         return own
 
     @classmethod
-    def adopt(cls, operations: Operations, mountpoint: Path, device: int, ledger: Ledger) -> Self:
+    def adopt(cls, operations: Operations, mountpoint: Path, device: Device, ledger: Ledger) -> Self:
         """Go on with a mount that another process made and served until it ended."""
         own = cls(operations, mountpoint, device, ledger)
-        own._mounted = True
         ledger.begin(ledger.flags, passthrough=ledger.passthrough)
         return own
 
     def close(self, *, unmount: bool) -> None:
         """Give the device up, and unmount if that has not happened yet."""
-        if unmount and self._mounted and mountpoints.mount_at(self._mountpoint) is not None:
+        if unmount and self._device.connected and mountpoints.mount_at(self._mountpoint) is not None:
             mountpoints.detach(self._mountpoint, lazy=True)
-        os.close(self._device)
-        self._pipe.close()
+        self._device.close()
 
     def leave(self) -> None:
         """Let `run` return once what was begun is answered; what comes from now on is a successor's."""
@@ -265,46 +190,7 @@ class Transport:
                 with contextlib.suppress(OSError):  # the kernel reads the file it has, whatever became of it
                     inode.loan = await self._ops.lend(line.handle)
         log.info("took the mount over with %d open handles", len(self._ledger.lines()))
-        await trio.to_thread.run_sync(self._notify, wire.resend())
-
-    def _negotiate(self, cache: Path) -> tuple[Init, str | None]:
-        """Answer INIT, which the kernel sends first; return the terms and why there is no passthrough."""
-        poll = select.poll()
-        poll.register(self._device, select.POLLIN)
-        if not poll.poll(HANDSHAKE_SECONDS * 1000):
-            raise MountError(f"{self._mountpoint}: the kernel does not begin the FUSE conversation")
-        request = wire.request(self._buffer[: os.readv(self._device, (self._buffer,))])
-        offer = wire.init(request.body)
-        if offer.major != wire.MAJOR or offer.minor < wire.OLDEST_MINOR:
-            raise MountError(
-                f"{self._mountpoint}: FUSE {offer.major}.{offer.minor} of this kernel is not one of "
-                f"{wire.MAJOR}.{wire.OLDEST_MINOR} or later: use --transport pyfuse3"
-            )
-        flags = offer.flags & WANTED
-        terms = wire.Terms(
-            minor=min(wire.MINOR, offer.minor),
-            max_readahead=offer.max_readahead,
-            flags=flags,
-            max_background=MAX_BACKGROUND,
-            max_pages=MAX_READ // 4096,
-            max_stack_depth=STACK_DEPTH if Init.PASSTHROUGH in flags else 0,
-        )
-        self._write(request.unique, (wire.init_out(terms),))
-        if Init.PASSTHROUGH not in flags:
-            return flags, f"Linux {os.uname().release} has no FUSE passthrough (6.9 has)"
-        refusal = self._try_backing(cache)
-        return flags, refusal and f"the kernel cannot read {cache} without the daemon: {refusal}"
-
-    def _try_backing(self, cache: Path) -> str | None:
-        """Return why files in `cache` cannot back ours, or None if they can."""
-        with tempfile.NamedTemporaryFile(dir=cache, prefix=".probe-") as file:
-            try:
-                # A file that is opened with O_DIRECT is opened so below, too.
-                os.close(os.open(file.name, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
-                self._close_backing(self._open_backing(file.fileno()))
-            except OSError as error:
-                return _REFUSALS.get(error.errno or 0, error.strerror)
-        return None
+        await trio.to_thread.run_sync(self._device.notify, wire.resend())
 
     # -- the conversation ------------------------------------------------------------------------------
 
@@ -316,11 +202,13 @@ class Transport:
                 await self._take_over()
             async with trio.open_nursery() as reading:
                 reading.start_soon(self._stop_reading, reading.cancel_scope)
-                while self._mounted:
-                    await trio.lowlevel.wait_readable(self._device)
+                while self._device.connected:
+                    await trio.lowlevel.wait_readable(self._device.fileno())
                     self._read_some()
                 reading.cancel_scope.cancel()
-            nursery.cancel_scope.deadline = trio.current_time() + (LEAVE_SECONDS if self._mounted else 0)
+            nursery.cancel_scope.deadline = trio.current_time() + (
+                LEAVE_SECONDS if self._device.connected else 0
+            )
 
     async def _stop_reading(self, reading: trio.CancelScope) -> None:
         await self._leaving.wait()
@@ -329,18 +217,10 @@ class Transport:
     def _read_some(self) -> None:
         """Read and begin to answer what is there, up to `BATCH` requests."""
         for _ in range(BATCH):
-            try:
-                length = os.readv(self._device, (self._buffer,))
-            except BlockingIOError:
+            message = self._device.read()
+            if message is None:
                 return
-            except OSError as error:
-                if error.errno == errno.ENODEV:
-                    self._mounted = False
-                    return
-                if error.errno == errno.ENOENT:
-                    continue  # the request was taken back before it was read
-                raise
-            self._begin(self._buffer[:length])
+            self._begin(message)
 
     def _begin(self, message: memoryview) -> None:
         try:
@@ -350,15 +230,17 @@ class Transport:
             return
         handler = _HANDLERS.get(request.opcode)
         if handler is None:
-            self._write(request.unique, (), errno.EROFS if request.opcode in _WRITING else errno.ENOSYS)
+            self._device.write(
+                request.unique, (), errno.EROFS if request.opcode in _WRITING else errno.ENOSYS
+            )
             return
         try:
             outcome = handler(self, request)
         except wire.ProtocolError as error:
             log.error("from the kernel: %s", error)
-            self._write(request.unique, (), errno.EIO)
+            self._device.write(request.unique, (), errno.EIO)
         except OSError as error:
-            self._write(request.unique, (), error.errno or errno.EIO)
+            self._device.write(request.unique, (), error.errno or errno.EIO)
         else:
             if isinstance(outcome, Reply):
                 self._reply(request, outcome)
@@ -372,29 +254,18 @@ class Transport:
             try:
                 reply = await promise
             except OSError as error:
-                self._write(request.unique, (), error.errno or errno.EIO)
+                self._device.write(request.unique, (), error.errno or errno.EIO)
             else:
                 if reply is not None:
                     self._reply(request, reply)
             finally:
                 del self._running[request.unique]
         if scope.cancelled_caught:
-            self._write(request.unique, (), errno.EINTR)
+            self._device.write(request.unique, (), errno.EINTR)
 
     def _reply(self, request: Request, reply: Reply) -> None:
-        if not self._write(request.unique, reply.body) and reply.undo is not None:
+        if not self._device.write(request.unique, reply.body) and reply.undo is not None:
             reply.undo()
-
-    def _write(self, unique: int, body: tuple[bytes | bytearray, ...], error: int = 0) -> bool:
-        """Answer a request; return whether anybody still wanted the answer."""
-        head = wire.header(unique, sum(map(len, body)), error)
-        try:
-            os.writev(self._device, (head, *body))
-        except OSError as failure:
-            if failure.errno not in (errno.ENOENT, errno.ENODEV):
-                raise
-            return False  # who asked was killed, or the tree is unmounted
-        return True
 
     # -- names -----------------------------------------------------------------------------------------
 
@@ -554,7 +425,7 @@ class Transport:
 
     def _back(self, inode: _Inode, loan: Loan) -> None:
         try:
-            inode.backing = self._open_backing(loan.fileno())
+            inode.backing = self._device.open_backing(loan.fileno())
         except OSError as error:
             log.warning("a file is read through the daemon: %s", error.strerror)
             self._give_back(loan)
@@ -572,54 +443,31 @@ class Transport:
         if not inode.handles:
             del self._inodes[node]
             if inode.backing:
-                self._close_backing(inode.backing)
+                self._device.close_backing(inode.backing)
             if inode.loan is not None:
                 self._give_back(inode.loan)
         self._ledger.close(handle)
         self._ops.release(handle)
 
-    def _open_backing(self, fd: int) -> int:
-        backing: int = fcntl.ioctl(self._device, _BACKING_OPEN, bytearray(_BACKING.pack(fd, 0, 0)))
-        return backing
-
-    def _close_backing(self, backing: int) -> None:
-        fcntl.ioctl(self._device, _BACKING_CLOSE, struct.pack("=I", backing))
-
     def _read(self, request: Request) -> Outcome:
         handle, offset, size, *_ = wire.fields(request.opcode, request.body)
         found = self._ops.place_now(handle, offset, size)
         if isinstance(found, Place):
-            return None if self._splice(request.unique, found) else self._read_copying(handle, offset, size)
+            return (
+                None
+                if self._device.splice(request.unique, found)
+                else self._read_copying(handle, offset, size)
+            )
         return self._read_later(request.unique, handle, offset, size) if found is None else Reply((found,))
 
     async def _read_later(self, unique: int, handle: int, offset: int, size: int) -> Reply | None:
         found = await self._ops.place(handle, offset, size)
         if not isinstance(found, Place):
             return Reply((found,))
-        return None if self._splice(unique, found) else await self._read_copying(handle, offset, size)
+        return None if self._device.splice(unique, found) else await self._read_copying(handle, offset, size)
 
     async def _read_copying(self, handle: int, offset: int, size: int) -> Reply:
         return Reply((await self._ops.read(handle, offset, size),))
-
-    def _splice(self, unique: int, place: Place) -> bool:
-        """Answer a READ with the bytes at `place`, which we never see; return False if that cannot be.
-
-        Compared with reading and writing them this saves a copy and the page faults of a buffer.
-        """
-        length = len(place)
-        if length + 4096 > self._pipe.room:
-            return False
-        whole = self._pipe.fill(wire.header(unique, length), place.fileno(), place.span)
-        if not whole or not place.holds():
-            self._pipe.empty()
-            return False
-        try:
-            os.splice(self._pipe.output, self._device, wire.HEADER_OUT + length)
-        except OSError as failure:
-            self._pipe.empty()
-            if failure.errno not in (errno.ENOENT, errno.ENODEV):
-                raise
-        return True
 
     def _release(self, request: Request) -> Reply:
         handle, *_ = wire.fields(request.opcode, request.body)
@@ -659,14 +507,9 @@ class Transport:
         """
         for change in changes:
             notice = wire.inval_entry(change.parent, os.fsencode(change.name))
-            await trio.to_thread.run_sync(self._notify, notice, limiter=self._notices, abandon_on_cancel=True)
-
-    def _notify(self, notice: bytes) -> None:
-        try:
-            os.write(self._device, notice)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the kernel knows no such name
-                log.warning("a name could not be invalidated: %s", error.strerror)
+            await trio.to_thread.run_sync(
+                self._device.notify, notice, limiter=self._notices, abandon_on_cancel=True
+            )
 
 
 _HANDLERS: Mapping[int, Callable[[Transport, Request], Outcome]] = {
@@ -712,13 +555,6 @@ _WRITING = frozenset(
     }
 )
 
-_REFUSALS = {
-    errno.EPERM: "the daemon lacks CAP_SYS_ADMIN in the initial user namespace",
-    errno.EINVAL: "its file system does not allow O_DIRECT",
-    errno.ELOOP: "its file system lies on too many others",
-    errno.EOPNOTSUPP: "its file system cannot be read this way",
-}
-
 
 def _sized(value: bytes, room: int) -> Reply:
     """Return an attribute's value, or its length if `room` is 0."""
@@ -737,46 +573,3 @@ def _is_dying(pid: int) -> bool:
         return True
     pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
     return any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)
-
-
-def open_device() -> int:
-    """Return a new descriptor of ``/dev/fuse``: a conversation with the kernel that begins with a mount.
-
-    Raises:
-        MountError: it is missing or not ours to use.
-
-    """
-    try:
-        return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except PermissionError:
-        raise MountError(_NEEDS_ROOT) from None
-    except OSError as error:
-        raise MountError(
-            f"/dev/fuse: {error.strerror}: load the fuse module, or give the container the device"
-        ) from error
-
-
-def _mount(device: int, place: Path, *, allow_other: bool) -> None:
-    """Call mount(2); see fuse(4) in the kernel's Documentation/filesystems/fuse.rst for the options."""
-    options = [
-        f"fd={device}",
-        f"rootmode={stat.S_IFDIR:o}",
-        f"user_id={os.geteuid()}",
-        f"group_id={os.getegid()}",
-        f"max_read={MAX_READ}",
-        "default_permissions",
-        *(["allow_other"] if allow_other else []),
-    ]
-    libc = ctypes.CDLL(None, use_errno=True)
-    refused = libc.mount(
-        b"modelfs",
-        os.fsencode(place),
-        mountpoints.FSTYPE.encode(),
-        ctypes.c_ulong(_MS_RDONLY | _MS_NOSUID | _MS_NODEV),
-        ",".join(options).encode(),
-    )
-    if refused:
-        code = ctypes.get_errno()
-        if code == errno.EPERM:
-            raise MountError(_NEEDS_ROOT)
-        raise MountError(f"{place}: cannot mount: {os.strerror(code)}; see dmesg")

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from modelfs.errors import MountError
 from modelfs.fuse import kernel
+from modelfs.fuse.device import Device, open_device
 from modelfs.fuse.ledger import Held, Ledger
 from modelfs.fuse.operations import Operations
 from modelfs.tree import Change
@@ -69,7 +70,7 @@ def connect(
     if wanted != "pyfuse3":
         try:
             ledger = Ledger(held.ledger) if held else Ledger.create()
-            device = held.device if held else kernel.open_device()
+            device = Device(held.device if held else open_device())
             answers = operations((ledger.incarnation << 40) + 1)
             if ledger.incarnation:
                 own = kernel.Transport.adopt(answers, mountpoint, device, ledger)
