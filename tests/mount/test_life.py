@@ -281,7 +281,7 @@ def test_a_mount_that_is_interrupted_while_a_store_is_slow_leaves_nothing(
     with Origin({"a": b"a"}) as origin:
         origin.held[MANIFEST] = (0, threading.Event())
         with started(*words, f"--source=m={origin.url}", env=alone(place)) as process:
-            eventually(lambda: origin.log)
+            eventually(lambda: origin.log or process.poll() is not None)
             process.send_signal(number)
             out, err = process.communicate(timeout=30)
         assert (process.returncode, out, err) == (code, "", "")
