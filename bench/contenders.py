@@ -43,7 +43,7 @@ class Mounted:
         """Return the CPU seconds, user and system, that the server and its descendants have used."""
         server = psutil.Process(self.pid)
         times = server.cpu_times()
-        used = times.user + times.system + times.children_user + times.children_system
+        used: float = times.user + times.system + times.children_user + times.children_system
         for child in server.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 own = child.cpu_times()

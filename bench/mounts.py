@@ -30,6 +30,7 @@ from bench.candidates import Job
 from bench.contenders import CONTENDERS, missing, mounted
 from bench.models import MIB
 from bench.report import (
+    FIGURES,
     GIB,
     LOCAL,
     RAWS,
@@ -62,11 +63,16 @@ ALL = (LOCAL, *RAWS, *CONTENDERS)
 CONNECTIONS = dict(zip(RAWS, (8, 16), strict=True))
 
 
+Work = Callable[..., list[float]]
+"""Does what is named by the first argument to the path that is the second one."""
+
+
 @dataclass(slots=True)
 class Run:
     """One run: where things are, and what was measured so far."""
 
     origin: Origin
+    work: Work
     bucket: Path
     disk: Path
     counts: list[int]
@@ -81,6 +87,7 @@ class Run:
 
     def add(self, figure: str, contender: str, *values: float) -> None:
         """Take values of a figure, in its base unit."""
+        assert figure in FIGURES
         self.samples.setdefault((figure, contender), []).extend(values)
 
 
@@ -90,7 +97,7 @@ def main() -> None:
     if os.geteuid() != 0:
         sys.exit("python -m bench.mounts needs root: mounts of the kernel transport do")
     contenders = [name for name in options.contenders if not _absent(name)]
-    counts = [10_000, 100_000] if options.full else [1_000 if options.quick else 10_000]
+    counts = [10_000, 100_000] if options.full else [10_000]
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         root = Path(
@@ -104,8 +111,9 @@ def main() -> None:
         sizes = [str(options.size * MIB), layers, *map(str, counts)]
         subprocess.run([sys.executable, "-m", "bench.models", str(bucket), *sizes], check=True)
         origin = stack.enter_context(s3_origin(root / "origin"))
-        run = Run(origin, bucket, disk, counts, names=1_000 if options.quick else 100_000)
-        run.checksums["source"] = _work("checksum", run.big)[0]
+        work = stack.enter_context(_workers())
+        run = Run(origin, work, bucket, disk, counts, names=10_000 if options.quick else 100_000)
+        run.checksums["source"] = run.work("checksum", run.big)[0]
         failures = _rounds(run, contenders, options.only, options.rounds)
     found = medians(run.samples)
     held = verdicts(found)
@@ -158,15 +166,16 @@ def _rounds(run: Run, contenders: list[str], groups: Iterable[str], rounds: int)
     failures = []
     given_up = set()
     for group in groups:
+        works, able = GROUPS[group]
         for number in range(rounds):
             # Not always in the same order: who follows whom should not matter.
             for name in contenders[number % len(contenders) :] + contenders[: number % len(contenders)]:
-                if (group, name) in given_up:
+                if name not in able or (group, name) in given_up:
                     continue
                 _say(f"round {number + 1} of {rounds}: {group}: {name}")
                 started = time.monotonic()
                 try:
-                    GROUPS[group](run, name)
+                    works(run, name)
                 except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                     failures.append(f"{group}: {name}: {error}")
                     _say(failures[-1])
@@ -191,7 +200,7 @@ def read_plain(run: Run, name: str) -> None:
         with mounted(name, run.origin.plain, BUCKET, "big", run.disk) as mount:
             path = mount.path / run.big.name
             before = mount.cpu()
-            (seconds,) = _work("read", path)
+            (seconds,) = run.work("read", path)
             run.add("cold sequential read", name, size / seconds)
             run.add("CPU of the daemon, cold read", name, (mount.cpu() - before) / (size / GIB))
             _verify(run, name, path)
@@ -203,28 +212,26 @@ def _warm(run: Run, name: str, path: Path, cpu: Callable[[], float]) -> None:
     """All that is read warm, from a mount or from the local file."""
     size = path.stat().st_size
     before = cpu()
-    seconds = _work("read_again", path)
+    seconds = run.work("read_again", path)
     run.add("warm sequential read", name, *(size / each for each in seconds))
     if name != LOCAL:
         run.add("CPU of the daemon, warm read", name, (cpu() - before) / (len(seconds) * size / GIB))
-    run.add("warm mmap load of safetensors", name, *(size / each for each in _work("map_again", path)))
-    run.add("warm read, 8 processes", name, *(size / each for each in _work("share_again", path, SHARED)))
+    run.add("warm mmap load of safetensors", name, *(size / each for each in run.work("map_again", path)))
+    run.add("warm read, 8 processes", name, *(size / each for each in run.work("share_again", path, SHARED)))
     for words, (length, count) in RANDOM.items():
-        seconds = _work("random_again", path, length, count)
+        seconds = run.work("random_again", path, length, count)
         run.add(f"warm random reads of {words}", name, *(count / each for each in seconds))
 
 
 def read_shaped(run: Run, name: str) -> None:
     """Cold read of what comes as if over a network."""
     size = run.big.stat().st_size
-    if name == LOCAL:
-        return
     _touch_memory(run.disk, size)
     if name in RAWS:
         seconds = _download(run, name, run.origin.shaped, run.big, run.disk)
     else:
         with mounted(name, run.origin.shaped, BUCKET, "big", run.disk) as mount:
-            (seconds,) = _work("read", mount.path / run.big.name)
+            (seconds,) = run.work("read", mount.path / run.big.name)
             _verify(run, name, mount.path / run.big.name)
             run.add("peak RSS of the daemon", name, mount.peak_rss())
     run.add("cold sequential read, shaped", name, size / seconds)
@@ -232,12 +239,10 @@ def read_shaped(run: Run, name: str) -> None:
 
 def shared(run: Run, name: str) -> None:
     """Cold read by processes that share a descriptor."""
-    if name not in CONTENDERS:
-        return
     size = run.big.stat().st_size
     _touch_memory(run.disk, size)
     with mounted(name, run.origin.plain, BUCKET, "big", run.disk) as mount:
-        (seconds,) = _work("share", mount.path / run.big.name, SHARED)
+        (seconds,) = run.work("share", mount.path / run.big.name, SHARED)
         run.add("cold read, 8 processes", name, size / seconds)
         run.add("peak RSS of the daemon", name, mount.peak_rss())
 
@@ -256,8 +261,7 @@ def _load(run: Run, name: str, endpoint: str, variant: str, *, warm: bool) -> No
     source = run.bucket / "bert"
     with contextlib.ExitStack() as stack:
         if name == LOCAL:
-            if warm:
-                run.add("warm from_pretrained", name, _work("load", source)[0])
+            run.add("warm from_pretrained", name, run.work("load", source)[0])
             return
         _touch_memory(run.disk, sum(path.stat().st_size for path in source.iterdir()))
         download = 0.0
@@ -268,14 +272,14 @@ def _load(run: Run, name: str, endpoint: str, variant: str, *, warm: bool) -> No
         else:
             mount = stack.enter_context(mounted(name, endpoint, BUCKET, "bert", run.disk))
             path = mount.path
-        loaded, answered = _work("load", path)
+        loaded, answered = run.work("load", path)
         run.add(f"cold from_pretrained{variant}", name, download + loaded)
         run.add(f"cold from_pretrained and first answer{variant}", name, download + answered)
         if name not in RAWS:
             run.add("peak RSS of the daemon", name, mount.peak_rss())
             if warm:
-                _work("checksum", path / "model.safetensors")
-                run.add("warm from_pretrained", name, _work("load", path)[0])
+                run.work("checksum", path / "model.safetensors")
+                run.add("warm from_pretrained", name, run.work("load", path)[0])
 
 
 def names(run: Run, name: str) -> None:
@@ -284,7 +288,7 @@ def names(run: Run, name: str) -> None:
         prefix = f"files-{count}"
         if name == LOCAL:
             _names(run, name, run.bucket / prefix, count)
-        elif name in CONTENDERS:
+        else:
             with mounted(name, run.origin.plain, BUCKET, prefix, run.disk) as mount:
                 run.add("mount", name, mount.seconds)
                 _names(run, name, mount.path, count)
@@ -301,27 +305,47 @@ def _names(run: Run, name: str, directory: Path, count: int) -> None:
             raise RuntimeError(f"ls shows {shown} of {count} files")
         run.add(f"{order} ls -lR of {count:,} files", name, seconds)
     before = run.origin.requests()
-    seconds, done = _work("miss", directory / "part-0000", run.names, MISS_SECONDS)
+    seconds, done = run.work("miss", directory / "part-0000", run.names, MISS_SECONDS)
     run.add("open and stat of missing names", name, done / seconds)
     run.add("store requests for missing names", name, run.origin.requests() - before - 1)
 
 
-GROUPS: dict[str, Callable[[Run, str], None]] = {
-    "read": read_plain,
-    "read-shaped": read_shaped,
-    "shared": shared,
-    "load": load_plain,
-    "load-shaped": load_shaped,
-    "names": names,
+GROUPS: dict[str, tuple[Callable[[Run, str], None], tuple[str, ...]]] = {
+    "read": (read_plain, ALL),
+    "read-shaped": (read_shaped, (*RAWS, *CONTENDERS)),
+    "shared": (shared, tuple(CONTENDERS)),
+    "load": (load_plain, ALL),
+    "load-shaped": (load_shaped, (*RAWS, *CONTENDERS)),
+    "names": (names, (LOCAL, *CONTENDERS)),
 }
+"""The groups of works, and who does them."""
 
 
-def _work(name: str, path: Path, *arguments: float) -> list[float]:
-    """Do one of `bench.work` in a process of its own."""
-    command = [sys.executable, "-m", "bench.work", name, str(path), *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=WORK_SECONDS)
-    values: list[float] = json.loads(done.stdout)
-    return values
+@contextlib.contextmanager
+def _workers() -> Iterator[Work]:
+    """Start the process that forks one for each work of `bench.work`; end it with the context."""
+    command = [sys.executable, "-m", "bench.work"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        asked, answers = process.stdin, process.stdout
+        assert asked
+        assert answers
+
+        def work(name: str, path: Path, *arguments: float) -> list[float]:
+            try:
+                asked.write(json.dumps([name, WORK_SECONDS, str(path), *arguments]) + "\n")
+                asked.flush()
+                answer: list[float] | str = json.loads(answers.readline())
+            except KeyboardInterrupt:
+                os.killpg(process.pid, signal.SIGKILL)  # who reads a mount would keep it from ending
+                raise
+            if isinstance(answer, str):
+                raise RuntimeError(f"{name}: {answer}")
+            return answer
+
+        yield work
+        asked.close()
 
 
 def _download(run: Run, name: str, endpoint: str, source: Path, into: Path) -> float:
@@ -345,7 +369,7 @@ def _download(run: Run, name: str, endpoint: str, source: Path, into: Path) -> f
 
 def _verify(run: Run, name: str, path: Path) -> None:
     """Read the large file once more; so it is also in the cache as a whole."""
-    if _work("checksum", path)[0] != run.checksums["source"]:
+    if run.work("checksum", path)[0] != run.checksums["source"]:
         raise RuntimeError(f"{name} delivered wrong bytes")
 
 

@@ -1,9 +1,10 @@
-"""What readers do, each in a process of its own: ``python -m bench.work NAME PATH [ARGUMENT…]``.
+"""What readers do, each in a process of its own, forked from one that has imported what they need.
 
-It prints a JSON list, mostly the seconds of each repetition. They know nothing of modelfs: a path is a path.
-Imports and the making of names are not timed. Before each repetition of a warm work the pages of the file as
-read through the mount are dropped; those of the cache file behind the mount, or of the local file of the
-baseline, stay.
+``python -m bench.work`` reads lines, JSON lists of the name of a work, seconds it may take, a path, and
+arguments; it answers each with a line: a list, mostly of the seconds of each repetition, or the text of what
+went wrong. Works know nothing of modelfs: a path is a path. Before each repetition of a warm work the pages
+of the file as read through the mount are dropped; those of the cache file behind the mount, or of the local
+file of the baseline, stay.
 """
 
 from __future__ import annotations
@@ -13,10 +14,18 @@ import json
 import mmap
 import os
 import random
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import crc32c
+import torch
+from safetensors import safe_open
+from transformers import BertModel
+from transformers.utils import logging
 
 MIB = 1 << 20
 SEED = 20240521
@@ -27,8 +36,33 @@ REPEATS = 7
 
 
 def main() -> None:
-    name, path, *arguments = sys.argv[1:]
-    print(json.dumps(WORKS[name](Path(path), *arguments)))
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_grad_enabled(False)
+    for line in sys.stdin:
+        name, limit, path, *arguments = json.loads(line)
+        print(json.dumps(_forked(limit, WORKS[name], Path(path), *arguments)), flush=True)
+
+
+def _forked(limit: float, work: Callable[..., list[float]], *arguments: object) -> list[float] | str:
+    """Do a work in a process of its own and return its values, or what went wrong."""
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            answer: list[float] | str = work(*arguments)
+        except BaseException as error:
+            answer = f"{type(error).__name__}: {error}"
+        with open(into, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(into)
+    with open(out) as pipe:
+        if not select.select([pipe], [], [], limit)[0]:
+            os.kill(child, signal.SIGKILL)
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer) if answer else f"not done after {limit:.0f} s"
 
 
 def read(path: Path) -> list[float]:
@@ -52,11 +86,8 @@ def read_again(path: Path) -> list[float]:
 
 def map_again(path: Path) -> list[float]:
     """Load a safetensors file that is in the cache: map it, touch each page of each tensor."""
-    from safetensors import safe_open
 
     def once(fd: int) -> float:
-        import torch
-
         started = time.perf_counter()
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
@@ -66,24 +97,24 @@ def map_again(path: Path) -> list[float]:
     return _repeat(path, once)
 
 
-def share(path: Path, processes: str) -> list[float]:
+def share(path: Path, processes: int) -> list[float]:
     """Read a file, once, by processes that share one descriptor and take the MiB in turn, with pread."""
-    size, count = path.stat().st_size, int(processes)
+    size, count = path.stat().st_size, processes
     with open(path, "rb", buffering=0) as file:
         return [_share(file.fileno(), size, count)]
 
 
-def share_again(path: Path, processes: str) -> list[float]:
+def share_again(path: Path, processes: int) -> list[float]:
     """Do what `share` does with a file that is in the cache."""
-    size, count = path.stat().st_size, int(processes)
+    size, count = path.stat().st_size, processes
     return _repeat(path, lambda fd: _share(fd, size, count))
 
 
-def random_again(path: Path, length: str, count: str) -> list[float]:
+def random_again(path: Path, length: int, count: int) -> list[float]:
     """Read `count` times `length` bytes at random, aligned places of a file that is in the cache."""
-    size, step = path.stat().st_size, int(length)
+    size, step = path.stat().st_size, length
     chance = random.Random(SEED)
-    offsets = [chance.randrange(size // step) * step for _ in range(int(count))]
+    offsets = [chance.randrange(size // step) * step for _ in range(count)]
     buffer = [bytearray(step)]
 
     def once(fd: int) -> float:
@@ -97,13 +128,6 @@ def random_again(path: Path, length: str, count: str) -> list[float]:
 
 def load(path: Path) -> list[float]:
     """Load a model with transformers, and again with the first answer computed: seconds of both."""
-    import torch
-    from transformers import BertModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_grad_enabled(False)
     started = time.perf_counter()
     model = BertModel.from_pretrained(path)
     loaded = time.perf_counter() - started
@@ -112,9 +136,9 @@ def load(path: Path) -> list[float]:
     return [loaded, time.perf_counter() - started]
 
 
-def miss(path: Path, count: str, limit: str) -> list[float]:
+def miss(path: Path, count: int, limit: float) -> list[float]:
     """Open and stat names that are not there, for `limit` seconds at most: seconds, and how many it were."""
-    names = [f"{path}/missing-{index:06}.json" for index in range(int(count))]
+    names = [f"{path}/missing-{index:06}.json" for index in range(count)]
     done, started = 0, time.perf_counter()
     for name in names:
         with contextlib.suppress(FileNotFoundError):
@@ -124,15 +148,13 @@ def miss(path: Path, count: str, limit: str) -> list[float]:
             os.stat(name)
             raise AssertionError(name)
         done += 1
-        if time.perf_counter() - started > float(limit):
+        if time.perf_counter() - started > limit:
             break
     return [time.perf_counter() - started, done]
 
 
 def checksum(path: Path) -> list[float]:
     """Read a file and return its CRC-32C."""
-    import crc32c
-
     value = 0
     with open(path, "rb", buffering=0) as file:
         while data := file.read(MIB):

@@ -43,7 +43,7 @@ def origin() -> Iterator[Origin]:
             yield server
 
 
-@pytest.fixture(params=["plain", "shaped"])
+@pytest.fixture(scope="module", params=["plain", "shaped"])
 def s3(origin: Origin, request: pytest.FixtureRequest) -> Iterator[Any]:
     client = boto3.client(
         "s3",
@@ -58,7 +58,7 @@ def s3(origin: Origin, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("operation", ["list_objects_v2", "list_objects"])
-@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+@pytest.mark.parametrize("size", [1, 2, 1000])
 @pytest.mark.parametrize(
     ("prefix", "delimiter", "keys", "prefixes"),
     [
@@ -70,7 +70,7 @@ def s3(origin: Origin, request: pytest.FixtureRequest) -> Iterator[Any]:
     ],
 )
 def test_listings_come_whole_in_pages_of_any_size(
-    origin: Origin,
+    s3: Any,
     operation: str,
     size: int,
     prefix: str,
@@ -78,19 +78,11 @@ def test_listings_come_whole_in_pages_of_any_size(
     keys: list[str],
     prefixes: list[str],
 ) -> None:
-    client = boto3.client(
-        "s3",
-        endpoint_url=origin.plain,
-        region_name="us-east-1",
-        aws_access_key_id="a",
-        aws_secret_access_key="b",
-    )
     pages = list(
-        client.get_paginator(operation).paginate(
+        s3.get_paginator(operation).paginate(
             Bucket="models", Prefix=prefix, Delimiter=delimiter, PaginationConfig={"PageSize": size}
         )
     )
-    client.close()
     assert sorted(each["Key"] for page in pages for each in page.get("Contents", [])) == sorted(keys)
     assert [each["Prefix"] for page in pages for each in page.get("CommonPrefixes", [])] == prefixes
     assert all(len(page.get("Contents", [])) + len(page.get("CommonPrefixes", [])) <= size for page in pages)
