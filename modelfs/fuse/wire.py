@@ -116,7 +116,7 @@ _DIRENT = Struct("=QQII")
 _INVAL_ENTRY = Struct("=QII")
 _FORGET_ONE = Struct("=QQ")
 
-_BODIES = {
+BODIES = {
     Opcode.FORGET: Struct("=Q"),
     Opcode.GETATTR: Struct("=IIQ"),
     Opcode.READLINK: Struct("="),
@@ -233,7 +233,7 @@ def fields(opcode: int, body: memoryview) -> tuple[int, ...]:
         ProtocolError: the body has another length.
 
     """
-    layout = _BODIES[Opcode(opcode)]
+    layout = BODIES[Opcode(opcode)]
     if len(body) != layout.size:
         raise ProtocolError(f"{Opcode(opcode).name}: {len(body)} bytes instead of {layout.size}")
     return layout.unpack(body)
