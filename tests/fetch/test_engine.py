@@ -239,10 +239,14 @@ def test_a_later_load_prefetches_in_the_order_of_the_first(tmp_path: Path) -> No
         key = rig.source.key(await rig.store.entry("x.bin"))
         await trio.to_thread.run_sync(rig.cache.discard, key)
         rig.origin.log.clear()
-        await rig.open("x.bin")
-        await rig.until(lambda: len(rig.origin.contents()) >= 8)
-        spans = [span for _, _, span in rig.origin.contents()][:8]  # so many are under way at once
-        assert {int(span.removeprefix("bytes=").split("-")[0]) // BLOCK for span in spans} >= set(order)
+        rig.origin.held["x.bin"] = (0, threading.Event())
+        reader = await rig.open("x.bin")
+        await rig.until(lambda: len(rig.origin.contents()) == 8)  # so many are under way at once
+        spans = [span for _, _, span in rig.origin.contents()]
+        asked = {int(span.removeprefix("bytes=").split("-")[0]) // BLOCK for span in spans}
+        assert asked == {*order, 0, 1, 3, 4}
+        reader.close()
+        rig.origin.held["x.bin"][1].set()
 
     with Origin({"x.bin": data}) as origin:
         against(origin, tmp_path, first)
