@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
@@ -73,6 +74,7 @@ class Origin:
         self._server.server_close()
 
 
+@lru_cache(maxsize=8)  # a request for a large file shall not take as long as hashing it
 def etag(data: bytes) -> str:
     return f'"{hashlib.md5(data).hexdigest()}"'
 
