@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench chaos clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench: .venv/.ready  ## the HTTP clients, then mounts beside rclone and s3fs; ro
 	  || echo "s3fs cannot be installed: it is left out"
 	@$(BIN)/python -m bench.range_client
 	@$(BIN)/python -m bench.mounts $(ARGS)
+
+chaos: .venv/.ready  ## 200 SIGKILLs of the daemon under readers that compare every byte (10 minutes, root)
+	@$(BIN)/python -m chaos $(ARGS)
 
 clean:  ## remove what the other commands made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
