@@ -187,6 +187,18 @@ def test_keys_that_are_no_paths_are_rejected(s3: S3Server) -> None:
     assert len(found.rejected) == 7
 
 
+def test_what_other_servers_write_into_a_listing_is_understood(s3: S3Server) -> None:
+    row = (
+        "<n:Contents><n:Owner><n:ID>Size</n:ID></n:Owner><n:Key>dir%2Fa+b%25</n:Key><n:Size>1</n:Size>"
+        "<n:ETag>v</n:ETag><n:LastModified>Mon, 01 Jan 2024 00:00:00 GMT</n:LastModified></n:Contents>"
+    )
+    body = f'<n:R xmlns:n="urn:s3"><n:EncodingType>url</n:EncodingType>{row}<n:KeyCount>1</n:KeyCount></n:R>'
+    with scripted() as (url, answers):
+        answers.append((200, {}, body.encode()))
+        found = snapshot(S3Store("s3://models", {"endpoint_url": url, "region": "us-east-1"}))
+    assert dict(found.entries) == {"dir/a b%": Entry("dir/a b%", 1, "v", mtime=1704067200.0)}
+
+
 def test_what_is_missing_is_named(s3: S3Server) -> None:
     with pytest.raises(NotFound, match="no such bucket"):
         snapshot(S3Store("s3://no-such-bucket/x/", {}))
@@ -476,6 +488,12 @@ def xml(code: str) -> bytes:
     return f"<Error><Code>{code}</Code><Message>Secret detail\nof the server</Message></Error>".encode()
 
 
+ENTITY = (
+    b"<!DOCTYPE A [<!ENTITY x 'y'>]><A><Contents><Key>&x;</Key><Size>1</Size><ETag>v</ETag>"
+    b"<LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents></A>"
+)
+
+
 @pytest.mark.parametrize(
     ("answer", "kind", "text"),
     [
@@ -500,6 +518,8 @@ def xml(code: str) -> bytes:
         ((200, {}, b"<A><Contents><Size>1</Size></Contents></A>"), BadAnswer, "not S3's"),
         ((200, {}, b"<A><IsTruncated>true</IsTruncated></A>"), BadAnswer, "does not end"),
         ((200, {}, b"<A><Contents><Key>x</Key><Size>1</Size></Contents></A>"), BadAnswer, "no ETag"),
+        ((200, {}, b"<A><Contents><Size>many</Size></Contents></A>"), BadAnswer, "not S3's"),
+        ((200, {}, ENTITY), BadAnswer, "not S3's"),
     ],
 )  # fmt: skip
 def test_every_answer_has_its_meaning(
