@@ -123,21 +123,26 @@ class Server:
         self.close()
 
 
-class _Listener(ThreadingHTTPServer):
-    """One period of accepting connections; `cut` ends it and everything it accepted."""
+class Listener(ThreadingHTTPServer):
+    """One period of accepting connections on loopback; `cut` ends it and everything it accepted.
+
+    Args:
+        port: to listen on; 0 for a free one.
+        handler: what answers, in a thread per connection.
+
+    """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int, application: Application, log: int) -> None:
-        self.application = application
-        self.log = log
+    def __init__(self, port: int, handler: type[Handler]) -> None:
         self.connections: set[socket.socket] = set()
-        super().__init__((HOST, port), _Handler)
+        super().__init__((HOST, port), handler)
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
         self._thread.start()
 
     def cut(self) -> None:
+        """Accept no more, and shut down every connection; their threads end by themselves."""
         self.shutdown()
         self._thread.join()
         self.server_close()
@@ -148,29 +153,33 @@ class _Listener(ThreadingHTTPServer):
                 continue  # its handler closed it meanwhile
 
     def server_bind(self) -> None:
+        """Bind the port."""
         # HTTPServer's own asks the resolver for the host's name, which can take seconds.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """Show what went wrong in a handler."""
         if not isinstance(sys.exception(), ConnectionError):  # a client that went away is none
             super().handle_error(request, client_address)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """HTTP/1.1 with kept-alive connections around a WSGI application."""
+class Handler(BaseHTTPRequestHandler):
+    """HTTP/1.1 with connections that are kept alive; a subclass answers each request in `serve`."""
 
-    server: _Listener
+    server: Listener
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1
 
     def setup(self) -> None:
+        """Begin with a connection."""
         super().setup()
         self.server.connections.add(self.connection)
 
     def finish(self) -> None:
+        """End with a connection."""
         self.server.connections.discard(self.connection)
         super().finish()
 
@@ -178,34 +187,21 @@ class _Handler(BaseHTTPRequestHandler):
         """Be silent: `Server.requests` is the log."""
 
     def handle_expect_100(self) -> bool:
+        """Let a client that asks first send its body."""
         going_on = super().handle_expect_100()
         self.wfile.flush()  # the client waits for it
         return going_on
 
+    def serve(self) -> None:
+        """Read the body with `body`, answer the request."""
+        raise NotImplementedError
+
     def _serve(self) -> None:
-        path, _, query = self.path.partition("?")
-        names = " ".join(pair.partition("=")[0] for pair in query.split("&"))
-        span = self.headers.get("Range", "")
-        os.write(self.server.log, f"{self.command}\t{path}\t{names}\t{span}\n".encode())
-        with self._body() as body:
-            status, headers, content = self._answer(path, query, body)
-            try:
-                self.send_response_only(*status)
-                for name, value in headers:
-                    self.send_header(name, value)
-                if not any(name.lower() == "content-length" for name, _ in headers):
-                    content = [b"".join(content)]
-                    self.send_header("Content-Length", str(len(content[0])))
-                self.end_headers()
-                if self.command != "HEAD":
-                    for piece in content:
-                        self.wfile.write(piece)
-            finally:
-                getattr(content, "close", lambda: None)()
+        self.serve()
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815  # named by http.server
 
-    def _body(self) -> IO[bytes]:
+    def body(self) -> IO[bytes]:
         """Return the whole body, read ahead so that the connection is at the next request."""
         body = tempfile.SpooledTemporaryFile(1 << 20)  # noqa: SIM115  # our caller closes it
         if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
@@ -224,6 +220,42 @@ class _Handler(BaseHTTPRequestHandler):
         del self.headers["Transfer-Encoding"], self.headers["Content-Length"]
         self.headers["Content-Length"] = str(size)
         return body
+
+
+class _Listener(Listener):
+    """Serves a WSGI application, and writes a line per request into the file descriptor `log`."""
+
+    def __init__(self, port: int, application: Application, log: int) -> None:
+        self.application = application
+        self.log = log
+        super().__init__(port, _Wsgi)
+
+
+class _Wsgi(Handler):
+    """Around a WSGI application."""
+
+    server: _Listener
+
+    def serve(self) -> None:
+        path, _, query = self.path.partition("?")
+        names = " ".join(pair.partition("=")[0] for pair in query.split("&"))
+        span = self.headers.get("Range", "")
+        os.write(self.server.log, f"{self.command}\t{path}\t{names}\t{span}\n".encode())
+        with self.body() as body:
+            status, headers, content = self._answer(path, query, body)
+            try:
+                self.send_response_only(*status)
+                for name, value in headers:
+                    self.send_header(name, value)
+                if not any(name.lower() == "content-length" for name, _ in headers):
+                    content = [b"".join(content)]
+                    self.send_header("Content-Length", str(len(content[0])))
+                self.end_headers()
+                if self.command != "HEAD":
+                    for piece in content:
+                        self.wfile.write(piece)
+            finally:
+                getattr(content, "close", lambda: None)()
 
     def _answer(
         self, path: str, query: str, body: IO[bytes]
