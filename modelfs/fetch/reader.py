@@ -195,6 +195,8 @@ class Reader:
         download = self._download
         pieces = download.pieces(span)
         seen: set[Flight] = set()
+        # The time of a flight that was under way before us is not ours: when it ends, another begins.
+        older = set(download.flights.values())
         wanted: list[int] = []
         try:
             while True:
@@ -204,7 +206,7 @@ class Reader:
                 if not missing:
                     return
                 for flight in seen:
-                    if flight.error:
+                    if flight.error and not (flight in older and flight.error.retryable):
                         raise flight.error
                 for block, piece in missing:
                     if block not in wanted and not download.object.has(block):

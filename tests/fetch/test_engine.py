@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from modelfs.cache import Cache
 from modelfs.errors import AccessDenied, Corrupt, Expired, Stale, Unavailable
@@ -421,6 +422,30 @@ def test_a_silent_store_is_an_error_after_the_deadline(tmp_path: Path) -> None:
         rig.origin.silence_over.set()
 
     with Origin({"x.dat": noise(1000)}) as origin:
+        origin.silent.set()
+        against(origin, tmp_path, test, deadline=1.0)
+
+
+def test_a_reader_has_its_own_time_whatever_was_under_way_before(tmp_path: Path) -> None:
+    data = noise(1000)
+
+    async def test(rig: Rig) -> None:
+        reader = await rig.open("x.dat")
+        with pytest.raises(Unavailable):
+            await reader.read(0, 1000)
+        got: list[bytes] = []
+
+        async def late() -> None:
+            got.append(await reader.read(0, 1000))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(late)
+            await trio.testing.wait_all_tasks_blocked()
+            rig.origin.silent.clear()
+            rig.origin.silence_over.set()  # the first one's request breaks, after its time
+        assert got == [data]
+
+    with Origin({"x.dat": data}) as origin:
         origin.silent.set()
         against(origin, tmp_path, test, deadline=1.0)
 
