@@ -21,10 +21,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
+from modelfs import __version__
+from modelfs.control.notice import Notice, posted
+from modelfs.control.runtime import Record
+from modelfs.errors import MountError
 from modelfs.fuse import wire
-from modelfs.fuse.ledger import Ledger
+from modelfs.fuse.ledger import Ledger, head
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +36,7 @@ LEFT = 75
 """Exit code of a daemon that left its mount to a successor (EX_TEMPFAIL of sysexits.h)."""
 
 QUICK_SECONDS = 3.0
-"""A daemon that lives shorter has died quickly; it takes about one second to begin."""
+"""A daemon that lives shorter has died quickly, and so has one that never came to serve."""
 
 PAUSES = (0.0, 0.0, 0.5, 1.0, 2.0)
 """Seconds before the next daemon is started, by how many died quickly in a row; more are a crash loop."""
@@ -74,7 +78,7 @@ class Holder:
             signal.signal(number, self._stop)
         quick = 0
         while True:
-            started = time.monotonic()
+            started, served = time.monotonic(), self._incarnation()
             code = self._serve(ready)
             ready = None
             if code == 0 or not self._is_mounted():
@@ -85,7 +89,8 @@ class Holder:
             if code == LEFT:
                 continue
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            quick = quick + 1 if time.monotonic() - started < QUICK_SECONDS else 0
+            long = time.monotonic() - started >= QUICK_SECONDS and self._incarnation() > served
+            quick = 0 if long else quick + 1
             if quick < len(PAUSES):
                 log.error("the daemon ended with %s; the next one takes the mount over", how)
                 self._pause(PAUSES[quick])
@@ -97,7 +102,8 @@ class Holder:
                     how,
                     REST_SECONDS,
                 )
-                self._refuse(REST_SECONDS)
+                with posted(*self._notice(quick, how)) as notice:
+                    self._refuse(REST_SECONDS, notice)
                 quick = 0
 
     def _serve(self, ready: int | None) -> int:
@@ -128,10 +134,13 @@ class Holder:
         if self._daemon is not None and self._daemon.returncode is None:
             self._daemon.terminate()
 
+    def _incarnation(self) -> int:
+        return head(self._ledger).incarnation
+
     def _is_mounted(self) -> bool:
         """Return whether there is a mount that another daemon can take over."""
-        ledger = Ledger(self._ledger)
-        if not ledger.incarnation or not ledger.flags & wire.Init.HAS_RESEND:
+        terms = head(self._ledger)
+        if not terms.incarnation or not terms.flags & wire.Init.HAS_RESEND:
             return False
         poll = select.poll()
         poll.register(self._device, 0)
@@ -140,13 +149,32 @@ class Holder:
     def _pause(self, seconds: float) -> None:
         select.select([self._wake], [], [], seconds)
 
-    def _refuse(self, seconds: float) -> None:
-        """Answer every request with EIO for a while: an error is better than waiting for nobody."""
+    def _notice(self, deaths: int, how: str) -> tuple[Record, dict[str, Any]]:
+        """Return who listens on the control socket now, and what is said there."""
+        now = time.time()
+        since, retry = (_clock(at) for at in (now, now + REST_SECONDS))
+        what = (
+            f"{self._mountpoint}: refuses every read since {since}, after {deaths} quick deaths of "
+            f"its daemon, the last with {how}; the next one is started at {retry}: see its log"
+        )
+        refusing = {"since": now, "deaths": deaths, "last": how, "retry_at": now + REST_SECONDS}
+        record = Record(self._mountpoint, os.getpid(), now, __version__)
+        return record, {"error": what, "kind": MountError.__name__, "refusing": refusing}
+
+    def _refuse(self, seconds: float, notice: Notice | None) -> None:
+        """Answer every request with EIO for a while: an error is better than waiting for nobody.
+
+        Whoever asks on the control socket meanwhile is told by `notice`.
+        """
+        waiting: list[int | Notice] = [self._device, self._wake, *([notice] if notice else [])]
         until = time.monotonic() + seconds
         buffer = memoryview(bytearray(wire.READ_BUFFER))
         os.write(self._device, wire.resend())
         while not self._stopping and self._is_mounted() and (left := until - time.monotonic()) > 0:
-            if not select.select([self._device, self._wake], [], [], left)[0]:
+            readable = select.select(waiting, [], [], left)[0]
+            if notice is not None and notice in readable:
+                notice.answer()
+            if self._device not in readable:
                 continue
             try:
                 request = wire.request(buffer[: os.readv(self._device, (buffer,))])
@@ -160,6 +188,10 @@ class Holder:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.umount2(os.fsencode(self._mountpoint), _MNT_DETACH):
             log.error("%s could not be unmounted: %s", self._mountpoint, os.strerror(ctypes.get_errno()))
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(seconds))
 
 
 _WITHOUT_REPLY = (wire.Opcode.FORGET, wire.Opcode.BATCH_FORGET, wire.Opcode.INTERRUPT)

@@ -210,18 +210,23 @@ def status(
         else:
             show.status(show.console(), data)
         return
-    found = [
-        control.ControlClient(control.socket_path(record.mountpoint)).status() for record in control.mounts()
-    ]
+    found, silent = [], []
+    for record in control.mounts():
+        try:
+            found.append(control.ControlClient(control.socket_path(record.mountpoint)).status())
+        except MountError as error:
+            silent.append(str(error))
     if as_json:
         _print_json(found)
-        return
-    if not found:
+    elif not found and not silent:
         print("nothing is mounted")
-    for number, data in enumerate(found):
-        if number:
-            print()
-        show.status(show.console(), data)
+    else:
+        for number, data in enumerate(found):
+            if number:
+                print()
+            show.status(show.console(), data)
+    if silent:  # the others are shown all the same
+        raise MountError("; ".join(silent))
 
 
 @app.command()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from modelfs.control.runtime import Record, remove, write_record
-from modelfs.errors import AccessDenied, ConfigError, ModelfsError, MountError, NotFound
+from modelfs.control.runtime import Record, listening, write_record
+from modelfs.errors import AccessDenied, ConfigError, ModelfsError, NotFound
 from modelfs.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -146,34 +143,13 @@ async def serve(
         MountError: the socket cannot be made.
 
     """
-    with _listening(socket_path) as listener:
+    with listening(socket_path) as listener:
         status = daemon.status()
         record = Record(Path(status["mountpoint"]), status["pid"], status["started"], status["modelfs"])
         write_record(socket_path, record)
         # hypercorn takes the descriptor over and closes it.
         config = _server_config(listener.detach())
         await hypercorn.trio.serve(application(daemon), config, task_status=task_status)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
-    """Listen on `path`; remove it in the end, unless another daemon has taken it over."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        try:
-            path.unlink(missing_ok=True)
-            listener.bind(str(path))
-            # Before listen(): until then nobody can connect. A umask would be the whole process's.
-            path.chmod(0o600)
-            listener.listen()
-        except OSError as error:
-            raise MountError(f"{path}: cannot listen: {error.strerror or error}") from error
-        own = path.stat().st_ino
-        try:
-            yield listener
-        finally:
-            with suppress(FileNotFoundError):
-                if path.stat().st_ino == own:
-                    remove(path)
 
 
 def _server_config(descriptor: int) -> hypercorn.config.Config:

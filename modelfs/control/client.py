@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from modelfs import errors
 from modelfs.control.runtime import peer_pid
 from modelfs.errors import ModelfsError, MountError
@@ -43,6 +41,8 @@ class ControlClient:
         where = f"the daemon on {self._socket}"
         if peer_pid(self._socket) is None:
             raise MountError(f"no daemon listens on {self._socket}: is it mounted? see modelfs status")
+        import httpx  # the holder uses this package too, and needs no HTTP client
+
         transport = httpx.HTTPTransport(uds=str(self._socket))
         try:
             with httpx.Client(

@@ -13,6 +13,7 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,6 +79,32 @@ def socket_path(mountpoint: Path) -> Path:
             f"{path} is too long for a socket: name a shorter directory with MODELFS_RUNTIME_DIR"
         )
     return path
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """Listen on `path`; remove it and its record in the end, unless another daemon has taken it over.
+
+    Raises:
+        MountError: the socket cannot be made.
+
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            path.unlink(missing_ok=True)
+            listener.bind(str(path))
+            # Before listen(): until then nobody can connect. A umask would be the whole process's.
+            path.chmod(0o600)
+            listener.listen()
+        except OSError as error:
+            raise MountError(f"{path}: cannot listen: {error.strerror or error}") from error
+        own = path.stat().st_ino
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == own:
+                    remove(path)
 
 
 def write_record(sock: Path, record: Record) -> None:

@@ -56,6 +56,27 @@ class Line(NamedTuple):
     kind: int
 
 
+class Head(NamedTuple):
+    """The header of a ledger: daemons so far, the terms with the kernel, and whether it reads by itself."""
+
+    incarnation: int
+    flags: int
+    passthrough: bool
+
+
+def head(fd: int) -> Head:
+    """Return the header of the ledger `fd`, whose lines may be many and are not read.
+
+    Raises:
+        ValueError: the file is a ledger of another version, or none.
+
+    """
+    magic, version, incarnation, flags, passthrough = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))
+    if magic != _MAGIC or version != VERSION:
+        raise ValueError(f"the mount was left by another version of modelfs ({version})")
+    return Head(incarnation, flags, bool(passthrough))
+
+
 class Ledger:
     """The ledger of one mount, in the memory file `fd`; belongs to one thread.
 
@@ -70,14 +91,10 @@ class Ledger:
             os.ftruncate(fd, _HEADER.size + _GROWTH * _LINE.size)
             os.pwrite(fd, _HEADER.pack(_MAGIC, VERSION, 0, 0, 0), 0)
         self._map = mmap.mmap(fd, 0)
-        self.incarnation: int
-        self.flags: int
-        magic, version, self.incarnation, self.flags, passthrough = _HEADER.unpack_from(self._map)
-        if magic != _MAGIC or version != VERSION:
-            raise ValueError(f"the mount was left by another version of modelfs ({version})")
-        self.passthrough = bool(passthrough)
+        self.incarnation, self.flags, self.passthrough = head(fd)
         self._places = {line.handle: place for place, line in self._lines()}
-        self._free = [place for place in self._all_places() if place not in set(self._places.values())]
+        taken = set(self._places.values())
+        self._free = [place for place in self._all_places() if place not in taken]
 
     @classmethod
     def create(cls) -> Ledger:
@@ -138,12 +155,9 @@ class Held:
     @property
     def mounted(self) -> bool:
         """Whether an earlier daemon has mounted already."""
-        return self._ledger().incarnation > 0
+        return head(self.ledger).incarnation > 0
 
     @property
     def handovers(self) -> int:
         """How many daemons have taken the mount over."""
-        return max(0, self._ledger().incarnation - 1)
-
-    def _ledger(self) -> Ledger:
-        return Ledger(self.ledger)
+        return max(0, head(self.ledger).incarnation - 1)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 
 from modelfs.fuse import mountpoint
 from modelfs.testing.s3 import S3Server
-from tests.mount.harness import Mounted, mounted
+from tests.mount.harness import Mounted, alone, mounted
 from tests.origin import Origin
 
 MIB = 1 << 20
@@ -44,7 +45,9 @@ def origin() -> Iterator[Origin]:
 
 @pytest.fixture
 def mount(place: Path, origin: Origin) -> Iterator[Mounted]:
-    with mounted(place, "--refresh", "0", sources={"m": origin.url}, transport="kernel") as own:
+    with mounted(
+        place, "--refresh", "0", sources={"m": origin.url}, env=alone(place), transport="kernel"
+    ) as own:
         own.allowed_errors.append("the next one takes the mount over")
         yield own
 
@@ -341,6 +344,14 @@ def test_in_a_crash_loop_readers_get_an_error_instead_of_waiting(mount: Mounted,
         )
         with Reader(code, mount.path / "m") as reader:
             assert reader.said() == str(errno.EIO)
+        for words in (["status", str(mount.path)], ["status"], ["status", "--json"]):
+            told = mount.cli(*words, check=False)
+            assert told.returncode == 4
+            assert re.fullmatch(
+                rf"modelfs: {mount.path}: refuses every read since [\d:]+, after 5 quick deaths of "
+                r"its daemon, the last with exit code 1; the next one is started at [\d:]+: see its log\n",
+                told.stderr,
+            )
     log = mount.log.read_text()
     assert "readers get EIO" in log
     os.kill(status["holder_pid"], signal.SIGTERM)
