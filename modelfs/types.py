@@ -353,6 +353,7 @@ class Location:
         last_modified: ``Last-Modified`` that the answer must carry, where there is no ETag.
         digest: of the content, if the store tells it only here (S3 checksums).
         token: for ``file://``: ``dev:inode:size:mtime_ns`` that the file must still have.
+        public: the store is on the Internet and chose the URL: it must not lead to a private address.
 
     `url` and `headers` stay out of `repr`: they hold secrets.
     """
@@ -364,6 +365,7 @@ class Location:
     last_modified: str | None = None
     digest: Digest | None = None
     token: str | None = None
+    public: bool = False
 
     @classmethod
     def inline(cls, data: bytes) -> Location:

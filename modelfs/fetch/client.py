@@ -36,6 +36,7 @@ from modelfs.fetch.guard import Guard, Pace, Sink, in_thread
 from modelfs.fetch.local import read_data, read_file
 from modelfs.metrics import Metrics
 from modelfs.stores import redact
+from modelfs.stores.reach import Reach
 from modelfs.types import Location, Span
 
 __all__ = ["RangeClient", "Sink"]
@@ -121,9 +122,10 @@ class RangeClient:
     async def fetch(self, location: Location, span: Span, size: int, sink: Sink) -> None:
         """Fetch `span` of the object of `size` bytes at `location` into `sink`, in one attempt.
 
-        An empty span needs no request and calls nothing. Redirects are followed, `location.headers` being
-        sent to the host of `location.url` only. When this returns the sink has all bytes that it was
-        announced; when it raises, a prefix of them, each of them of the pinned version.
+        An empty span needs no request and calls nothing. Redirects are followed, but to no address nearer
+        than that of who redirects (`modelfs.stores.reach`), and `location.headers` are sent to the host of
+        `location.url` only. When this returns the sink has all bytes that it was announced; when it raises,
+        a prefix of them, each of them of the pinned version.
 
         Cancelled, it aborts the transfer at once, even one whose server is silent, and the sink is not
         called afterwards.
@@ -220,13 +222,15 @@ class _Handle:
     def fetch(self, location: Location, span: Span, size: int, sink: Sink) -> None:
         """Do one attempt, redirects included; see `RangeClient.fetch`."""
         url, secrets = ascii_url(location.url), location.headers
+        reach = Reach.PUBLIC if location.public else Reach.LINK
         for _ in range(MAX_REDIRECTS + 1):
-            exchange = Exchange(url, location, span, size, sink, self._buffer)
+            exchange = Exchange(url, location, span, size, sink, self._buffer, reach)
             self._perform(exchange, _fields(location, secrets, span))
             if exchange.target is None:
                 return
             if origin_of(exchange.target) != origin_of(url):
                 secrets = {}  # they were meant for the first host only, and stay away once they were dropped
+                reach = exchange.reach
             url = exchange.target
         raise BadAnswer(f"{redact(location.url)}: more than {MAX_REDIRECTS} redirects; check the store's URL")
 
@@ -234,6 +238,7 @@ class _Handle:
         curl = self._curl
         curl.setopt(pycurl.URL, exchange.url)
         curl.setopt(pycurl.HTTPHEADER, fields)
+        curl.setopt(pycurl.PREREQFUNCTION, exchange.on_connected)
         curl.setopt(pycurl.HEADERFUNCTION, exchange.on_header)
         curl.setopt(pycurl.WRITEFUNCTION, exchange.on_body, use_memoryview=True)
         curl.setopt(pycurl.XFERINFOFUNCTION, lambda *_: 1 if self.aborted else exchange.on_progress())

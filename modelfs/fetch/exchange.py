@@ -8,6 +8,7 @@ from modelfs.errors import BadAnswer
 from modelfs.fetch.answer import REDIRECTS, accept, redirect
 from modelfs.fetch.guard import Sink
 from modelfs.stores import redact
+from modelfs.stores.reach import Reach, allowed, peer_reach, written_reach
 from modelfs.types import Location, Span
 
 GATHER = 256 * 1024
@@ -26,15 +27,24 @@ class Exchange:
 
     Attributes:
         url: what is requested, without anything that needs encoding.
+        reach: of who answers; a server must not be nearer than the one that redirected to it.
         target: where the answer redirects to, or None.
         failure: what went wrong in a callback, or None.
 
     """
 
     def __init__(
-        self, url: str, location: Location, span: Span, size: int, sink: Sink, buffer: memoryview
+        self,
+        url: str,
+        location: Location,
+        span: Span,
+        size: int,
+        sink: Sink,
+        buffer: memoryview,
+        reach: Reach,
     ) -> None:
         self.url = url
+        self.reach = reach
         self.target: str | None = None
         self.failure: BaseException | None = None
         self._location = location
@@ -48,6 +58,15 @@ class Exchange:
         self._discarded = 0
         self._buffer = buffer
         self._fill = 0
+
+    def on_connected(self, address: str, *_: object) -> int:
+        """Judge whom curl is connected to, before anything is asked of it."""
+        try:
+            self.reach = allowed(self.url, peer_reach(self.url, address), self.reach)
+        except BadAnswer as error:
+            self.failure = error
+            return 1
+        return 0
 
     def on_header(self, line: bytes) -> int | None:
         """Take one line of the head; the blank one at its end decides what becomes of the body."""
@@ -69,7 +88,9 @@ class Exchange:
 
     def _answered(self) -> None:
         if self._status in REDIRECTS:
-            self.target = redirect(self.url, self._headers)
+            target = redirect(self.url, self._headers)
+            allowed(target, written_reach(target), self.reach)
+            self.target = target
             return
         place = redact(self.url)
         body = accept(place, self._status, self._headers, self._location, self._span, self._size)

@@ -21,6 +21,7 @@ import trio
 from modelfs import __version__
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale, StoreError, Unavailable
 from modelfs.stores import Options, checked_options, entry_in
+from modelfs.stores.reach import Reach, allowed, resolved_reach
 from modelfs.types import Digest, Entry, Location, Snapshot, path_fault
 
 if TYPE_CHECKING:
@@ -239,7 +240,12 @@ class HubStore:
         now = time.time()
         if _origin(found.location) != _origin(self._endpoint):
             # Signed already. A token must not leave the Hub.
-            return Location(found.location, expires=_expiry(found.location, now))
+            if found.location.startswith("http:") and self._endpoint.startswith("https:"):
+                raise BadAnswer(f"{self.url}: {self._endpoint} leads from https to http: check the endpoint")
+            limit = resolved_reach(self._endpoint)
+            allowed(found.location, resolved_reach(found.location), limit)
+            public = limit is Reach.PUBLIC
+            return Location(found.location, expires=_expiry(found.location, now), public=public)
         sent = {k: v for k, v in self._headers().items() if k.lower() == "authorization"}
         return Location(found.location, sent, now + _LINK_LIFE)
 

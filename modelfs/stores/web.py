@@ -26,6 +26,7 @@ import trio
 from modelfs import __version__
 from modelfs.errors import AccessDenied, BadAnswer, NotFound, StoreError, Unavailable
 from modelfs.stores import redact
+from modelfs.stores.reach import Reach, allowed, peer_reach, written_reach
 
 MAX_REDIRECTS = 10
 
@@ -164,12 +165,13 @@ class Web:
         raise Unavailable(f"{place}: no answer within {self._timeout:g} s: raise the option timeout")
 
     async def _follow(self, method: str, url: str, limit: int | None, ask: Mapping[str, str]) -> Answer:
-        target = httpx.URL(url)
+        target, nearest = httpx.URL(url), Reach.LINK
         for _ in range(MAX_REDIRECTS + 1):
             secrets = self._headers if _origin(target) == self._origin else {}
             request = self._client.build_request(method, target, headers={**secrets, **ask})
             response = await self._client.send(request, stream=True)
             try:
+                reach = allowed(str(target), _peer_reach(target, response), nearest)
                 if not response.has_redirect_location:
                     body = b""
                     if limit is not None and response.status_code == 200:
@@ -185,6 +187,9 @@ class Web:
                     f"{redact(url)}: redirects from https to http on {following.host}, which is not "
                     "followed: correct the server, or configure the http:// URL if you trust the network"
                 )
+            if _origin(following) != _origin(target):
+                allowed(str(following), written_reach(str(following)), reach)
+                nearest = reach
             target = following
         raise BadAnswer(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
 
@@ -231,6 +236,11 @@ def netrc_auth(host: str) -> str | None:
 
 def _origin(url: httpx.URL) -> tuple[str, str, int]:
     return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
+
+
+def _peer_reach(url: httpx.URL, response: httpx.Response) -> Reach:
+    stream = response.extensions["network_stream"]
+    return peer_reach(str(url), stream.get_extra_info("server_addr")[0])
 
 
 async def _body(response: httpx.Response, limit: int, place: str) -> bytes:

@@ -627,6 +627,22 @@ def test_a_redirect_from_https_to_http_is_refused(tls: ssl.SSLContext, bundle: s
     assert not plain.requests
 
 
+@pytest.mark.parametrize("target", ["http://169.254.169.254/latest/meta-data/", "http://0xa9fea9fe/x"])
+def test_a_redirect_to_the_metadata_service_is_refused(target: str) -> None:
+    with Server(answer(302, location=target)) as server:
+        url = f"{server.url}/model.bin"
+        with pytest.raises(BadAnswer, match="link-local"):
+            fetch(Location(url))
+
+
+def test_a_url_that_a_public_store_chose_leads_to_no_private_address() -> None:
+    with Server(GOOD) as server:
+        with pytest.raises(BadAnswer, match="private address"):
+            fetch(Location(server.url, public=True))
+        assert not server.requests
+        assert fetch(Location(server.url)).span == SPAN
+
+
 def test_a_redirect_with_a_large_body_is_followed() -> None:
     with Server(answer(302, bytes(500_000), location="/b"), GOOD) as server:
         assert fetch(Location(server.url)).span == SPAN

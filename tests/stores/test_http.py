@@ -578,6 +578,7 @@ def test_an_index_that_is_redirected_lists_the_same_names() -> None:
         ("/a", "more than 10 redirects"),
         ("file:///etc/passwd", "not HTTP"),
         ("ftp://h/x", "not HTTP"),
+        ("http://169.254.169.254/latest/", "link-local"),
     ],
 )
 def test_bad_redirects_are_not_followed(target: str, fault: str) -> None:
