@@ -211,8 +211,9 @@ def _etag(value: str | None) -> Behaviour:
     return behave
 
 
-def _redirect(fault: Fault, _: Asked, __: Answer) -> Answer:
-    return Answer(302, {"Location": fault.target, "Content-Length": "0"}, b"")
+def _redirect(fault: Fault, _: Asked, answer: Answer) -> Answer:
+    """Redirect to the target; what else the head says is kept."""
+    return replace(answer.having(location=fault.target, content_length="0"), status=302, body=b"")
 
 
 def _leading(target: str, only: str = "") -> Behaviour:

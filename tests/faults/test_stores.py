@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from modelfs.errors import Stale
 from modelfs.fetch.source import Source
 from modelfs.testing.faults import FAULTS, Asked, Fault, of_content
+from modelfs.types import BLOCK
 from tests.faults.rig import STORES, Site, fetching, noise, outcome
 
 SIZE = 300_001
@@ -76,7 +78,10 @@ KINDS = [row.fault.kind for row in ROWS]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    files = {f"{when}-{kind}": noise(SIZE, f"{when}{kind}") for kind in KINDS for when in ("once", "forever")}
+    files = {"two-blocks": noise(BLOCK + 1000, "two-blocks")}
+    files |= {
+        f"{when}-{kind}": noise(SIZE, f"{when}{kind}") for kind in KINDS for when in ("once", "forever")
+    }
     directory = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch, Site(directory, files) as own:
         for name, value in own.environment().items():
@@ -164,7 +169,7 @@ def test_every_kind_of_fault_is_tried() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=KINDS)
 def test_a_fault_that_passes_is_not_seen(outcomes: Outcomes, store: str, row: Row) -> None:
     what, seconds, injected = outcomes[store, "once"][row.fault.kind]
-    assert what == row.once
+    assert what in (row.once, "right")  # the answer that was struck may have been given up for another
     assert injected == (0 if (store, row.fault.kind) == ("https", "tls-failure") else 1)
     if row.fault.kind.startswith("status-"):
         assert seconds >= row.fault.seconds  # of Retry-After
@@ -177,3 +182,29 @@ def test_a_fault_that_stays_is_one_clean_error(outcomes: Outcomes, store: str, r
     assert what == row.expected(store)
     if what == "Unavailable":
         assert seconds < DEADLINE + 2
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_an_object_that_changes_between_two_ranges_is_not_mixed(
+    site: Site, store: str, tmp_path: Path
+) -> None:
+    def behind_the_first_block(asked: Asked) -> Fault | None:
+        late = int(asked.range.removeprefix("bytes=").partition("-")[0]) >= BLOCK
+        return Fault("etag-changed") if late else None
+
+    async def main() -> None:
+        content = site.files["two-blocks"]
+        async with fetching(tmp_path, site.ca_bundle, deadline=60) as (fetcher, _, metrics):
+            with site.behind(store) as (proxy, own):
+                entry = (await own.snapshot()).entries["two-blocks"]
+                proxy.follow(of_content(behind_the_first_block))
+                reader = await fetcher.open(Source(own, metrics), entry)
+                assert await reader.read(0, 1000) == content[:1000]
+                if store == "hf":  # pins by digest: its content network's ETags are nobody's promise
+                    assert await reader.read(BLOCK, 1000) == content[BLOCK:]
+                else:
+                    with pytest.raises(Stale):
+                        await reader.read(BLOCK, 1000)
+                reader.close()
+
+    trio.run(main)
