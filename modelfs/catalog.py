@@ -19,6 +19,7 @@ from modelfs.errors import NotFound, StoreError
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.planner import following
 from modelfs.fetch.reader import Reader
+from modelfs.fetch.scrub import Subject, subjects_in
 from modelfs.fetch.source import Source, retrying
 from modelfs.metrics import Metrics
 from modelfs.stores import Options, open_store
@@ -206,11 +207,15 @@ class Catalog:
             NotFound: there is no model of this name.
 
         """
-        if name is not None and name not in self.models:
-            raise NotFound(f"no model {name!r}; mounted are: {', '.join(self.models) or 'none'}")
-        wanted = [self.models[name]] if name is not None else list(self.models.values())
+        wanted = self._named(name)
         await self._refresh_all(wanted)
         return wanted
+
+    def _named(self, name: str | None) -> list[Model]:
+        """Return the model `name`, or all; NotFound if there is none of this name."""
+        if name is not None and name not in self.models:
+            raise NotFound(f"no model {name!r}; mounted are: {', '.join(self.models) or 'none'}")
+        return [self.models[name]] if name is not None else list(self.models.values())
 
     async def _refresh_all(self, models: Iterable[Model]) -> None:
         async with trio.open_nursery() as nursery:
@@ -470,6 +475,23 @@ class Catalog:
     def cached_bytes(self, model: Model, entry: Entry) -> int:
         """Return how many bytes of `entry` are in the cache."""
         return self._cache.cached_bytes(model.source.key(entry), entry.size)
+
+    def subjects(self, name: str | None = None) -> list[Subject]:
+        """Return what is cached of one model, or everything that is cached, to be read again.
+
+        Raises:
+            NotFound: there is no model of this name.
+
+        """
+        found: dict[str, Subject] = {}
+        for model in self._named(name):
+            for entry in model.snapshot.entries.values() if model.snapshot else ():
+                key, present = model.source.key(entry), self.cached_bytes(model, entry)
+                if entry.kind == "file" and present:
+                    found.setdefault(key, Subject(key, f"{model.name}/{entry.path}", present, entry.digest))
+        for subject in subjects_in(self._cache) if name is None else ():
+            found.setdefault(subject.key, subject)
+        return list(found.values())
 
     def attributes(self, node: File[Model]) -> dict[str, Callable[[], str]]:
         """Return the extended attributes of a file: name → function that returns the value."""

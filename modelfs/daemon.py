@@ -17,10 +17,11 @@ from modelfs import __version__, control
 from modelfs.cache import Cache
 from modelfs.catalog import Catalog
 from modelfs.config import Settings, options_for
-from modelfs.control.app import serve
+from modelfs.control.app import Tell, Work, serve
 from modelfs.errors import ModelfsError, MountError
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
+from modelfs.fetch.scrub import Subject, verify
 from modelfs.fuse import mountpoint
 from modelfs.fuse.ledger import Held
 from modelfs.fuse.operations import Operations
@@ -235,6 +236,19 @@ class Daemon:
     async def refresh(self, model: str | None) -> dict[str, Any]:
         """Resolve one model, or all, now; return their status."""
         return {"models": [self._catalog.report(m) for m in await self._catalog.refresh(model)]}
+
+    def verification(self, model: str | None) -> Work:
+        """Return what reads the cached content of `model`, or all of it, again; see `control.app.Daemon`."""
+        subjects = self._catalog.subjects(model)
+        total = sum(subject.present for subject in subjects)
+
+        async def work(tell: Tell) -> dict[str, Any]:
+            async def progress(subject: Subject, done: int) -> None:
+                await tell({"name": subject.name, "done": done, "total": total})
+
+            return (await verify(self._cache, subjects, self._fetcher.distrust, progress)).to_json()
+
+        return work
 
     def status(self) -> dict[str, Any]:
         """Return the document of docs/status.md."""

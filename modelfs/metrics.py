@@ -31,6 +31,7 @@ class Metrics:
         self.resolutions = counter("resolutions", "Snapshots resolved at stores", "scheme")
         self.evicted_bytes = counter("evicted_bytes", "Bytes removed from the cache to make room")
         self.verified = counter("verified_objects", "Objects whose published digest was checked", "result")
+        self.verified_bytes = counter("verified_bytes", "Cached bytes read again to find bad ones")
         self.bad_blocks = counter("bad_blocks", "Cached blocks that did not match their checksum")
         self.cache_errors = counter("cache_errors", "Failed operations on the cache disk")
         self.open_handles = Gauge("modelfs_open_handles", "Open files", registry=self.registry)

@@ -21,8 +21,8 @@ import trio
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from modelfs import control
-from modelfs.control.app import serve
-from modelfs.errors import Corrupt, ModelfsError, MountError, NotFound
+from modelfs.control.app import Tell, Work, serve
+from modelfs.errors import CacheError, Corrupt, ModelfsError, MountError, NotFound
 from modelfs.metrics import Metrics
 from tests.status_document import document
 
@@ -37,6 +37,9 @@ class FakeDaemon:
         self.asked: list[str | None] = []
         self.stopped = trio.Event()
         self.failure: Exception | None = None
+        self.broken: Exception | None = None
+        self.go_on = trio.Event()
+        self.broken_off = threading.Event()
         self._status = document(mountpoint=mountpoint, pid=os.getpid())
 
     def status(self) -> dict[str, Any]:
@@ -48,6 +51,23 @@ class FakeDaemon:
             raise self.failure
         self.asked.append(model)
         return {"models": self._status["models"]}
+
+    def verification(self, model: str | None) -> Work:
+        if self.failure is not None:
+            raise self.failure
+
+        async def work(tell: Tell) -> dict[str, Any]:
+            await tell({"name": "m/file", "done": 1, "total": 2})
+            try:
+                await self.go_on.wait()
+            except trio.Cancelled:
+                self.broken_off.set()
+                raise
+            if self.broken is not None:
+                raise self.broken
+            return {"objects": 1, "bytes": 2, "bad": [], "model": model}
+
+        return work
 
     def stop(self) -> None:
         self.stopped.set()
@@ -242,6 +262,53 @@ def test_cancelling_ends_the_server_while_somebody_is_connected() -> None:
     trio.run(main)
 
 
+# -- what takes long
+
+
+def test_progress_is_told_while_the_cache_is_verified() -> None:
+    daemon, told = FakeDaemon(), []
+
+    def talk(path: Path) -> dict[str, Any]:
+        def progress(line: dict[str, Any]) -> None:
+            told.append(line)
+            trio.from_thread.run_sync(daemon.go_on.set)
+
+        return control.ControlClient(path).verify("m", progress)
+
+    assert serving(talk, daemon) == {"objects": 1, "bytes": 2, "bad": [], "model": "m"}
+    assert told == [{"name": "m/file", "done": 1, "total": 2}]
+
+
+def test_what_keeps_a_verification_from_its_end_is_told() -> None:
+    daemon = FakeDaemon()
+    daemon.broken = CacheError("the disk is gone: check it")
+
+    def talk(path: Path) -> None:
+        trio.from_thread.run_sync(daemon.go_on.set)
+        client = control.ControlClient(path)
+        with pytest.raises(CacheError, match="the disk is gone: check it"):
+            client.verify(None, lambda line: None)
+        daemon.failure = NotFound("no model 'm'")
+        with pytest.raises(NotFound, match="no model 'm'"):
+            client.verify("m", lambda line: None)
+
+    serving(talk, daemon)
+
+
+def test_a_verification_ends_when_nobody_listens_any_more() -> None:
+    daemon = FakeDaemon()
+
+    def talk(path: Path) -> bool:
+        def give_up(line: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+        with suppress(KeyboardInterrupt):
+            control.ControlClient(path).verify(None, give_up)
+        return daemon.broken_off.wait(20)
+
+    assert serving(talk, daemon)
+
+
 # -- who is alive
 
 
@@ -261,7 +328,7 @@ def test_what_a_killed_daemon_left_is_skipped_and_removed(runtime: Path) -> None
         import sys, trio
         from pathlib import Path
         from modelfs import control
-        from modelfs.control.app import serve
+        from modelfs.control.app import Tell, Work, serve
         from tests.test_control import FakeDaemon
 
         async def main():

@@ -51,7 +51,8 @@ Locks are taken in the order room, guard, generation, index; nobody holds a guar
 asking for room. Loans (``CacheObject.lend``) keep the object open and its data unpunched.
 """
 
+from modelfs.cache.audit import Audit
 from modelfs.cache.directory import Cache, Usage
 from modelfs.cache.objects import CacheObject, Loan, Place, Verifier
 
-__all__ = ["Cache", "CacheObject", "Loan", "Place", "Usage", "Verifier"]
+__all__ = ["Audit", "Cache", "CacheObject", "Loan", "Place", "Usage", "Verifier"]

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from modelfs.cache import disk, generation
+from modelfs.cache.audit import Audit
 from modelfs.cache.generation import Generation
 from modelfs.cache.index import Index, Row
 from modelfs.cache.meta import Meta
 from modelfs.cache.objects import CacheObject
 from modelfs.errors import CacheError, CacheLocked, CacheUnusable
 from modelfs.metrics import Metrics
-from modelfs.types import crc32c
+from modelfs.types import Digest, crc32c
 
 FORMAT = 1
 """Version of what lies in the directory; a higher one is not touched."""
@@ -144,6 +145,32 @@ class Cache:
             item = self._open[key] = CacheObject(key, now, guard, self._forget_open)
             return item
 
+    def audit(self, key: str, digest: Digest | None = None) -> Audit | None:
+        """Return what reads the object `key` again; None if nothing of it is there.
+
+        All of it is compared with `digest` if it is complete. Whoever asks closes it. The place of the object
+        in the order of eviction stays.
+
+        Raises:
+            CacheError: the cache is closed.
+
+        """
+        stem = self._stem(key)
+        guard = self._guard(key)
+        with guard:
+            self._check_open()
+            row, item = self.index.get(key), self._open.get(key)
+            if row is None:
+                return None
+            known, lost = row.present, 0
+            if item is None:
+                now = generation.load(stem, row.size, self, used=False)
+                item = self._open[key] = CacheObject(key, now, guard, self._forget_open, used=False)
+                lost = max(0, known - item.cached_bytes)
+            else:
+                item.reopen(used=False)
+        return item.audit(digest, lost)
+
     def _forget_open(self, item: CacheObject) -> None:
         if self._open.get(item.key) is item:
             del self._open[item.key]
@@ -152,6 +179,11 @@ class Cache:
         """Return how many bytes of the object `key` of `size` bytes are present. Loop-safe."""
         row = self.index.get(key)
         return row.present if row is not None and row.size == size else 0
+
+    def contents(self) -> list[tuple[str, int]]:
+        """Return ``(key, bytes present)`` of all objects of which something is present."""
+        rows = (self.index.get(key) for key in self.index.oldest())
+        return [(row.key, row.present) for row in rows if row is not None and row.present]
 
     def discard(self, key: str) -> None:
         """Remove the object from the disk, open or not, pinned or not; the pin itself stays.

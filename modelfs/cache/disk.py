@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from modelfs.errors import CacheError
@@ -86,17 +88,57 @@ def write(fd: int, data: memoryview, offset: int) -> None:
 
 def crc(fd: int, span: Span) -> int:
     """Return the CRC-32C of the bytes of `span`; memory use does not depend on its length."""
-    buffer = memoryview(bytearray(min(CHUNK, len(span))))
     value = 0
-    done = span.start
-    while done < span.stop:
-        part = buffer[: span.stop - done]
-        count = os.preadv(fd, [part], done)
-        if count == 0:
-            raise OSError(errno.EIO, "the file is shorter than it was")
-        value = crc32c(part[:count], value)
-        done += count
+    for part in chunks(fd, span):
+        value = crc32c(part, value)
     return value
+
+
+def chunks(fd: int, span: Span, *, afresh: bool = False) -> Iterator[memoryview]:
+    """Yield the bytes of `span` in order, `CHUNK` at a time; each part is good until the next is asked for.
+
+    Args:
+        fd: of the file.
+        span: starts at a multiple of 4096 if `afresh`.
+        afresh: read what lies on the disk, past the page cache, and leave no pages there (``O_DIRECT``;
+            where the file system does not know it, as always).
+
+    """
+    direct = _open_direct(fd) if afresh else -1
+    with mmap.mmap(-1, CHUNK) as pages:  # O_DIRECT wants aligned memory
+        buffer = memoryview(pages)
+        try:
+            done = span.start
+            while done < span.stop:
+                try:
+                    if direct < 0:
+                        count = os.preadv(fd, [buffer[: span.stop - done]], done)
+                    else:  # it reads an odd length only at the end of the file
+                        count = os.preadv(direct, [buffer], done)
+                except OSError as error:
+                    if direct < 0 or error.errno != errno.EINVAL:
+                        raise
+                    os.close(direct)
+                    direct = -1
+                    continue
+                if count == 0:
+                    raise OSError(errno.EIO, "the file is shorter than it was")
+                count = min(count, span.stop - done)
+                with buffer[:count] as part:
+                    yield part
+                done += count
+        finally:
+            buffer.release()
+            if direct >= 0:
+                os.close(direct)
+
+
+def _open_direct(fd: int) -> int:
+    """Return a descriptor of the file of `fd` that reads past the page cache; -1 if it cannot be had."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:  # not supported, or no /proc
+        return -1
 
 
 def punch(fd: int, start: int, length: int) -> bool:

@@ -19,7 +19,7 @@ from modelfs.cache import disk, table
 from modelfs.cache.index import Index, Row
 from modelfs.errors import CacheError
 from modelfs.metrics import Metrics
-from modelfs.types import BLOCK, Span, block_count, block_span
+from modelfs.types import BLOCK, Hasher, Span, block_count, block_span, crc32c
 
 _log = logging.getLogger(__name__)
 _uses = itertools.count(1)
@@ -161,30 +161,65 @@ class Generation:
             self.drop(span.blocks())
             raise self._failure("read from the cache", error) from error
 
-    def check(self, block: int) -> bool:
-        """Compare `block` with its checksum; return whether it is present and good. A bad one is dropped."""
+    def check(self, block: int, hasher: Hasher | None = None, *, afresh: bool = False) -> bool | None:
+        """Compare `block` with its checksum; return whether it is good, None if it is not there (any more).
+
+        A bad one is dropped.
+
+        Args:
+            block: its index.
+            hasher: takes in the bytes, good or bad.
+            afresh: read from the disk and not from the page cache.
+
+        """
         record = self.blocks.get(block)
         if record is None:
-            return False
+            return None
         try:
-            good = disk.crc(self.data, block_span(block, self.size)) == record.crc
+            crc = 0
+            for part in disk.chunks(self.data, block_span(block, self.size), afresh=afresh):
+                crc = crc32c(part, crc)
+                if hasher is not None:
+                    hasher.update(part)
+            good = crc == record.crc
         except OSError as error:
             _log.warning("%s", self._failure(f"read block {block}", error))
             good = False
+        if afresh:
+            self._owner.metrics.verified_bytes.inc(len(block_span(block, self.size)))
         with self.lock:
             if self.blocks.get(block) is not record:
-                return False  # it disappeared meanwhile, so what was read says nothing
+                return None  # it disappeared meanwhile, so what was read says nothing
             if good:
                 if not record.checked:
                     record.checked = True
                     self.unchecked -= 1
                 return True
             self._owner.metrics.bad_blocks.inc()
-            _log.warning(
-                "%s: block %d does not match its checksum; it will be fetched again", self.path, block
-            )
+            _log.warning("%s: block %d does not match its checksum; %s", self.path, block, _again(1))
             self.drop([block])
             return False
+
+    def check_table(self) -> list[int]:
+        """Compare the table on the disk with what is known; return the blocks it lost, which are dropped."""
+        with self.lock:
+            if self.row is None or self.dead:
+                return []
+            try:
+                crcs = table.parse(os.pread(self.table, os.fstat(self.table).st_size, 0)).crcs
+            except OSError as error:
+                _log.warning("%s", self._failure("read a block table", error))
+                return []
+            except ValueError:
+                crcs = {}
+            lost = [block for block, record in self.blocks.items() if crcs.get(block) != record.crc]
+            if lost:
+                self._owner.metrics.bad_blocks.inc(len(lost))
+                _log.warning("%s: the block table is damaged; %s", self.path, _again(len(lost)))
+                self.drop(lost)
+                with contextlib.suppress(OSError):  # then the next opening removes it
+                    disk.write(self.table, memoryview(table.header(self.size, verified=False)), 0)
+            return lost
 
     # Writing.
 
@@ -234,6 +269,8 @@ class Generation:
         with self.lock:
             if not (matches and self.complete and self.epoch == epoch) or self.row is None or self.dead:
                 return
+            if self.verified:
+                return
             self.verified = True
             try:
                 disk.write(self.table, memoryview(table.header(self.size, verified=True)), 0)
@@ -266,8 +303,11 @@ class Generation:
             self.epoch += 1
         return freed
 
-    def retire(self) -> None:
-        """Change the files no more, and leave them and the index as the next opening wants them."""
+    def retire(self, *, used: bool = True) -> None:
+        """Change the files no more, and leave them and the index as the next opening wants them.
+
+        Unless the object was `used`, its place in the order of eviction stays.
+        """
         with self.lock:
             self._die()
             row = self.row
@@ -277,6 +317,8 @@ class Generation:
                 for block in self.occupied - self.blocks.keys():
                     self._release(block)
             row.trusted = not self.unchecked and not self.tainted
+            if not used:
+                return
             self._owner.index.touch(row)
             with contextlib.suppress(OSError):  # only the order of eviction after an unclean stop needs it
                 os.utime(self.table, ns=(row.stamp, row.stamp))
@@ -365,6 +407,10 @@ class Generation:
         return length
 
 
+def _again(count: int) -> str:
+    return "it will be fetched again" if count == 1 else f"{count} blocks will be fetched again"
+
+
 def create(stem: Path, size: int, owner: Owner) -> Generation:
     """Return a generation without blocks, its files in place of any that were there.
 
@@ -396,8 +442,11 @@ def create(stem: Path, size: int, owner: Owner) -> Generation:
     return now
 
 
-def load(stem: Path, size: int, owner: Owner) -> Generation:
-    """Return the generation whose files are there; without blocks if there are none or they are damaged."""
+def load(stem: Path, size: int, owner: Owner, *, used: bool = True) -> Generation:
+    """Return the generation whose files are there; without blocks if there are none or they are damaged.
+
+    Unless that is for it to be `used`, its place in the order of eviction stays.
+    """
     row = owner.index.get(stem.name)
     now = Generation(stem.with_suffix(".data"), size, owner)
     try:
@@ -413,9 +462,14 @@ def load(stem: Path, size: int, owner: Owner) -> Generation:
         _log.warning("%s", disk.failure("open a file in the cache", stem, error))
         return Generation(now.path, size, owner)
     present = table.present_bytes(now.blocks, size)
-    used = present + table.footprint(size)
+    allocated = present + table.footprint(size)
     now.row = owner.index.put(
-        stem.name, size=size, present=present, allocated=used, trusted=not now.unchecked
+        stem.name,
+        size=size,
+        present=present,
+        allocated=allocated,
+        trusted=not now.unchecked,
+        used=used,
     )
     return now
 

@@ -66,11 +66,16 @@ class Index:
         """Return the row of `key`, if there is one."""
         return self._rows.get(key)
 
-    def put(self, key: str, *, size: int, present: int, allocated: int, trusted: bool) -> Row:
-        """Add or replace the row of `key`, as the most recently used."""
+    def put(
+        self, key: str, *, size: int, present: int, allocated: int, trusted: bool, used: bool = True
+    ) -> Row:
+        """Add or replace the row of `key`; as the most recently used, or if not `used` where it was."""
         with self._lock:
-            old = self._rows.pop(key, None)
-            row = self._rows[key] = Row(key, size, present, allocated, self._tick(), trusted)
+            old = self._rows.get(key)
+            stamp = self._tick() if used or old is None else old.stamp
+            row = self._rows[key] = Row(key, size, present, allocated, stamp, trusted)
+            if used:
+                self._rows.move_to_end(key)
             self.used += allocated - (old.allocated if old else 0)
             return row
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from modelfs.cache import disk
+from modelfs.cache.audit import Audit
 from modelfs.cache.generation import Generation
 from modelfs.errors import CacheError
 from modelfs.types import BLOCK, Digest, Span, block_span
@@ -41,6 +42,8 @@ class CacheObject:
         generation: Generation,
         guard: threading.Lock,
         closed: Callable[[CacheObject], None],
+        *,
+        used: bool = True,
     ) -> None:
         self.key = key
         self.size = generation.size
@@ -49,6 +52,7 @@ class CacheObject:
         self._guard = guard
         self._closed = closed
         self._refs = 1
+        self._used = used
 
     def __repr__(self) -> str:
         return f"<CacheObject {self.key} {self.cached_bytes} of {self.size} bytes>"
@@ -164,7 +168,7 @@ class CacheObject:
 
         Returns whether the block is present and good.
         """
-        return self._now.check(block)
+        return self._now.check(block) is True
 
     # Writing.
 
@@ -221,9 +225,10 @@ class CacheObject:
 
     # Opening, lending and closing.
 
-    def reopen(self) -> CacheObject:
+    def reopen(self, *, used: bool = True) -> CacheObject:
         """Count one more user; for the cache, which holds the guard."""
         self._refs += 1
+        self._used |= used
         return self
 
     def lend(self) -> Loan:
@@ -263,7 +268,14 @@ class CacheObject:
     def retire(self) -> None:
         """Let go of the files for good; for the cache, which holds the guard."""
         old, self._now = self._now, self._now.without_files()
-        old.retire()
+        old.retire(used=self._used)
+
+    def audit(self, digest: Digest | None, lost: int) -> Audit:
+        """Return what reads the object again; for the cache, which knows how much was `lost` when it opened.
+
+        The audit's end closes the object.
+        """
+        return Audit(self.key, self._now, digest, lost, self.close)
 
     def verifier(self, digest: Digest) -> Verifier:
         """Return something that compares the whole content with `digest` while the blocks arrive."""

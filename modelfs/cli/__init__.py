@@ -243,6 +243,58 @@ def refresh(
         show.models(show.console(), answer["models"])
 
 
+@app.command(
+    epilog="""\b
+Examples:
+  modelfs verify                                 everything in the cache of your one mount
+  modelfs verify finbert --mountpoint /models
+  modelfs verify --cache-dir /var/cache/modelfs  while nothing is mounted
+
+Exits with 1 if something bad was found."""
+)
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="By default everything that is cached.")
+    ] = None,
+    place: Annotated[
+        Path | None, typer.Option("--mountpoint", metavar="DIR", help="Needed if you have several mounts.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A cache directory that no mount uses.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read the cache again from the disk, and discard what is bad: it is fetched again when it is read.
+
+    Every block is compared with its checksum, and every complete file with the digest its store published.
+    """
+    if cache_dir is not None and (model is not None or place is not None):
+        raise ConfigError("--cache-dir checks a whole directory: leave MODEL and --mountpoint away")
+    with show.progress("verifying") as progress:
+        if cache_dir is not None:
+            from modelfs.cli import direct  # the cache and more: other commands do not pay for it
+
+            answer = direct.verify_directory(cache_dir, progress)
+        else:
+            answer = _client(place or _only_mount()).verify(model, progress)
+    if as_json:
+        _print_json(answer)
+    else:
+        show.verified(show.console(), answer)
+    if answer["bad"]:
+        raise SystemExit(1)
+
+
+def _only_mount() -> Path:
+    """Return the mountpoint of this user's only mount."""
+    places = [record.mountpoint for record in control.mounts()]
+    if not places:
+        raise MountError("nothing is mounted: name a directory with --cache-dir, or mount first")
+    if len(places) > 1:
+        raise MountError(f"name one of your mounts with --mountpoint: {', '.join(map(str, places))}")
+    return places[0]
+
+
 @app.command()
 def upgrade(place: Mountpoint) -> None:
     """Let a daemon of the modelfs that is installed now take over MOUNTPOINT; readers only wait a second."""

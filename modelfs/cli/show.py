@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -121,6 +123,40 @@ def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
 
 def _kinds(errors: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in sorted(errors.items())) or "none"
+
+
+@contextmanager
+def progress(doing: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Give what shows ``{"name": …, "done": bytes, "total": bytes}`` as a bar, on a terminal only."""
+    columns = (
+        TextColumn(doing),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[name]}", markup=False),
+    )
+    errors = console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(doing, total=None, name="")
+
+        def show(line: Mapping[str, Any]) -> None:
+            bar.update(task, completed=line["done"], total=line["total"], name=printable(line["name"]))
+
+        yield show
+
+
+def verified(out: Console, answer: Mapping[str, Any]) -> None:
+    """Print what came of reading the cache again."""
+    read = f"{size(answer['bytes'])} in {_counted(answer['objects'], 'object')}"
+    if not answer["bad"]:
+        out.print(f"verified {read}: all good")
+        return
+    dropped = sum(bad["dropped"] for bad in answer["bad"])
+    objects = _counted(len(answer["bad"]), "object")
+    out.print(f"verified {read}: {objects} bad, {size(dropped)} discarded, to be fetched again")
+    for bad in answer["bad"]:
+        for fault in bad["faults"]:
+            out.print(f"{printable(bad['name'])}: {printable(fault)}")
 
 
 def mounted(data: Mapping[str, Any]) -> str:

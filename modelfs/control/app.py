@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from modelfs.control.runtime import Record, listening, write_record
 from modelfs.errors import AccessDenied, ConfigError, ModelfsError, NotFound
@@ -32,6 +34,13 @@ STATUS_CODES: tuple[tuple[type[ModelfsError], int], ...] = (
 """HTTP status of each class of errors; the first that fits counts."""
 
 
+Tell = Callable[[dict[str, Any]], Awaitable[None]]
+"""Takes a line of progress."""
+
+Work = Callable[[Tell], Awaitable[dict[str, Any]]]
+"""Something that takes long: called with where its progress goes, returns the answer."""
+
+
 class Daemon(Protocol):
     """What the control API shows and drives."""
 
@@ -42,6 +51,16 @@ class Daemon(Protocol):
 
     async def refresh(self, model: str | None) -> dict[str, Any]:
         """Resolve `model`, or every model, again; return ``{"models": [...]}`` as in docs/status.md.
+
+        Raises:
+            NotFound: there is no model of this name.
+
+        """
+
+    def verification(self, model: str | None) -> Work:
+        """Return what reads the cached content of `model`, or everything in the cache, again.
+
+        It may be cancelled; what was bad until then has been dropped.
 
         Raises:
             NotFound: there is no model of this name.
@@ -72,6 +91,9 @@ def application(daemon: Daemon) -> Starlette:
     async def refresh(request: Request) -> Response:
         return JSONResponse(await daemon.refresh(await _model(request)))
 
+    async def verify(request: Request) -> Response:
+        return _Lines(daemon.verification(await _model(request)))
+
     async def shutdown(request: Request) -> Response:
         async def stop() -> None:
             daemon.stop()
@@ -96,6 +118,7 @@ def application(daemon: Daemon) -> Starlette:
         routes=[
             Route("/v1/status", status),
             Route("/v1/refresh", refresh, methods=["POST"]),
+            Route("/v1/verify", verify, methods=["POST"]),
             Route("/v1/shutdown", shutdown, methods=["POST"]),
             Route("/v1/handover", handover, methods=["POST"]),
             Route("/healthz", healthz),
@@ -120,9 +143,42 @@ async def _model(request: Request) -> str | None:
     return model
 
 
+class _Lines(Response):
+    """Lines of JSON as `work` tells its progress, the last one its answer; it ends when nobody listens."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        super().__init__(media_type="application/x-ndjson")
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(line: dict[str, Any]) -> None:
+            body = json.dumps(line).encode() + b"\n"
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        async def work() -> None:
+            try:
+                await tell({"answer": await self._work(tell)})
+            except ModelfsError as error:
+                await tell(_told(error))
+            nursery.cancel_scope.cancel()
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work)
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            nursery.cancel_scope.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    return {"error": str(error), "kind": type(error).__name__}
+
+
 async def _refusal(request: Request, error: Exception) -> Response:
     code = next(code for kind, code in STATUS_CODES if isinstance(error, kind))
-    return JSONResponse({"error": str(error), "kind": type(error).__name__}, status_code=code)
+    return JSONResponse(_told(error), status_code=code)
 
 
 async def _bug(request: Request, error: Exception) -> Response:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelfs import errors
 from modelfs.control.runtime import peer_pid
 from modelfs.errors import ModelfsError, MountError
+
+if TYPE_CHECKING:
+    import httpx
 
 
 class ControlClient:
@@ -29,6 +33,31 @@ class ControlClient:
         """Make the daemon resolve `model`, or every model, again; return what became of each."""
         return self._call("POST", "/v1/refresh", seconds, {} if model is None else {"model": model})
 
+    def verify(
+        self, model: str | None, progress: Callable[[dict[str, Any]], None], seconds: float = 600.0
+    ) -> dict[str, Any]:
+        """Make the daemon read the cached content of `model`, or everything in its cache, again.
+
+        Args:
+            model: its name; None for everything.
+            progress: called with each line of progress.
+            seconds: the longest wait for the next of them.
+
+        Returns the answer as docs/status.md describes it. Whoever gives up ends it.
+
+        """
+        body = {} if model is None else {"model": model}
+        with self._request("POST", "/v1/verify", seconds, body) as response:
+            for text in response.iter_lines():
+                line = json.loads(text)
+                if "error" in line:
+                    raise error_of(line)
+                if "answer" in line:
+                    answer: dict[str, Any] = line["answer"]
+                    return answer
+                progress(line)
+        raise MountError(f"the daemon on {self._socket} broke off: see its log")
+
     def stop(self, seconds: float = 10.0) -> None:
         """Ask the daemon to unmount and end; returns when it has heard, not when it is done."""
         self._call("POST", "/v1/shutdown", seconds, {})
@@ -38,6 +67,12 @@ class ControlClient:
         self._call("POST", "/v1/handover", seconds, {})
 
     def _call(self, method: str, path: str, seconds: float, body: Any = None) -> dict[str, Any]:
+        with self._request(method, path, seconds, body) as response:
+            return _mapping(response.read())
+
+    @contextmanager
+    def _request(self, method: str, path: str, seconds: float, body: Any) -> Iterator[httpx.Response]:
+        """Send a request and give its answer, whose body is still to come, if the daemon does not refuse."""
         where = f"the daemon on {self._socket}"
         if peer_pid(self._socket) is None:
             raise MountError(f"no daemon listens on {self._socket}: is it mounted? see modelfs status")
@@ -45,20 +80,27 @@ class ControlClient:
 
         transport = httpx.HTTPTransport(uds=str(self._socket))
         try:
-            with httpx.Client(
-                transport=transport, base_url="http://modelfs", timeout=seconds, trust_env=False
-            ) as client:
-                response = client.request(method, path, json=body)
-            answer = response.json()
+            with (
+                httpx.Client(
+                    transport=transport, base_url="http://modelfs", timeout=seconds, trust_env=False
+                ) as client,
+                client.stream(method, path, json=body) as response,
+            ):
+                if response.is_error:
+                    raise error_of(_mapping(response.read()))
+                yield response
         except httpx.TimeoutException as error:
             raise MountError(f"{where} did not answer within {seconds:g} s: see its log") from error
-        except (httpx.HTTPError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (httpx.HTTPError, ValueError) as error:
             raise MountError(f"{where} gave no valid answer: see its log") from error
-        if not isinstance(answer, dict):
-            raise MountError(f"{where} gave no valid answer: see its log")
-        if response.is_error:
-            raise error_of(answer)
-        return answer
+
+
+def _mapping(content: bytes) -> dict[str, Any]:
+    """Return the JSON mapping that `content` is; ValueError if it is none."""
+    answer = json.loads(content)
+    if not isinstance(answer, dict):
+        raise ValueError("not a mapping")
+    return answer
 
 
 def error_of(answer: Mapping[str, Any]) -> ModelfsError:

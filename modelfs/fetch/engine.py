@@ -389,15 +389,43 @@ class Fetcher:
 
     async def _verify(self, download: Download, digest: Digest) -> None:
         """Hash on, in file order, as far as blocks have come in; judge the object when all are there."""
-        verifier = download.verifier = download.verifier or download.object.verifier(digest)
+        verifier = download.verifier
+        if verifier is None or verifier.result() is not None:  # a block that it had hashed was dropped
+            verifier = download.verifier = download.object.verifier(digest)
         verdict = None
         while verdict is None and (verifier.hashed == 0 or download.object.has(verifier.hashed // BLOCK)):
             verdict = await trio.to_thread.run_sync(verifier.advance, limiter=self.disk)
         download.verifying = False
         if verdict is False:
             await self._condemn(download)
+        elif verdict:
+            self._start_verifying(download)  # unless it is verified now
         download.wake()
         self._retire(download)
+
+    async def distrust(self, key: str, *, discard: bool) -> None:
+        """Act on bad bytes that were found in the object `key`, whose blocks have been dropped.
+
+        The kernel's pages of it go at the next open. What the kernel reads by itself is fetched again now.
+
+        Args:
+            key: names the object.
+            discard: drop all of it; those who have it open get errors.
+
+        Raises:
+            CacheError: its files cannot be removed.
+
+        """
+        download = self._downloads.get(key)
+        self._tainted.add(key)
+        if not discard:
+            if download is not None and download.object.lent:
+                download.prefetch = True
+                self.pump()
+        elif download is not None and download.digest is not None:
+            await self._condemn(download)
+        else:
+            await trio.to_thread.run_sync(self._cache.discard, key, limiter=self.disk)
 
     async def _condemn(self, download: Download) -> None:
         download.error = Corrupt(

@@ -14,7 +14,7 @@ import trio
 from modelfs.errors import StoreError, Unavailable
 from modelfs.metrics import Metrics
 from modelfs.stores import Store, identity_of, scheme_of
-from modelfs.types import Entry, Location
+from modelfs.types import Digest, Entry, Location
 
 MARGIN = 30.0
 """Seconds before a location expires at which it is no longer handed out: a block must fit in."""
@@ -69,6 +69,12 @@ def object_key(store: str, entry: Entry) -> str:
         return f"sha256-{entry.digest.value}"
     identity = "\0".join((store, entry.path, entry.version, str(entry.size)))
     return f"v-{sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()}"
+
+
+def digest_in(key: str) -> Digest | None:
+    """Return the digest of the content that the name of a cached object tells; None if it tells none."""
+    algorithm, _, value = key.partition("-")
+    return Digest("sha256", value) if algorithm == "sha256" else None
 
 
 class Source:

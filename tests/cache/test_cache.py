@@ -1047,15 +1047,15 @@ def test_an_operation_that_outlives_its_object_leaves_the_next_one_alone(
 ) -> None:
     data = content(BLOCK)
     late = opened(cache, "k", data)
-    crc = disk.crc
+    chunks = disk.chunks
     next_one: list[CacheObject] = []
 
-    def wrong_and_late(fd: int, span: Span) -> int:
+    def wrong_and_late(fd: int, span: Span, *, afresh: bool) -> Iterator[memoryview]:
         late.close()
         next_one.append(cache.object("k", BLOCK))
-        return crc(fd, span) ^ 1
+        yield from chunks(fd, Span(1, span.stop), afresh=afresh)
 
-    monkeypatch.setattr(disk, "crc", wrong_and_late)
+    monkeypatch.setattr(disk, "chunks", wrong_and_late)
     assert not late.check(0)
     assert whole(next_one[0]) == data
     next_one[0].close()

@@ -567,3 +567,53 @@ def test_a_vanished_cache_directory_is_streaming_not_an_error(tmp_path: Path) ->
 
     with Origin({"x.dat": data}) as origin:
         against(origin, tmp_path / "cache", test)
+
+
+def test_content_that_lost_a_block_is_verified_again_and_read_to_its_end(tmp_path: Path) -> None:
+    data = noise(2 * BLOCK)
+    with Origin({"f": data}) as origin:
+        origin.digests["f"] = hashlib.sha256(data).hexdigest()
+
+        async def test(own: Rig) -> None:
+            reader = await own.open("f")
+            assert await reader.read(0, len(data)) == data
+            entry = await own.store.entry("f")
+            with_it = await trio.to_thread.run_sync(own.cache.object, own.source.key(entry), len(data))
+            await own.until(lambda: with_it.verified)
+            for block in (0, 1):
+                await trio.to_thread.run_sync(with_it.punch, [block])
+                assert not with_it.verified
+                assert await reader.read(block * BLOCK, BLOCK) == data[block * BLOCK :][:BLOCK]
+                await own.until(lambda: with_it.verified)
+            await trio.to_thread.run_sync(with_it.close)
+            reader.close()
+
+        against(origin, tmp_path, test, deadline=20.0)
+
+
+def test_distrusted_content_is_fetched_again(tmp_path: Path) -> None:
+    data = noise(BLOCK)
+    with Origin({"f": data}) as origin:
+        origin.digests["f"] = hashlib.sha256(data).hexdigest()
+
+        async def test(own: Rig) -> None:
+            entry = await own.store.entry("f")
+            key = own.source.key(entry)
+            for _ in range(2):
+                reader = await own.open("f")
+                assert await reader.read(0, len(data)) == data
+                reader.close()
+                await own.until(lambda: own.cache.cached_bytes(key, len(data)) == len(data))
+                await own.fetcher.distrust(key, discard=True)
+                assert own.cache.cached_bytes(key, len(data)) == 0
+                assert not own.fetcher.keeps_pages(own.source, entry)
+                assert own.fetcher.keeps_pages(own.source, entry)
+            reader = await own.open("f")
+            await reader.read(0, len(data))
+            await own.fetcher.distrust(key, discard=True)
+            with pytest.raises(Corrupt, match="do not have the published digest"):
+                await reader.read(0, 1)
+            reader.close()
+            assert own.fetched() == 3 * len(data)
+
+        against(origin, tmp_path, test)

@@ -1,0 +1,162 @@
+"""Cached bytes that go bad on the disk: found, told, discarded, and right again at the next read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cache import damage, data_file
+from tests.mount.harness import Mounted, alone, eventually, modelfs, mounted
+from tests.origin import Origin
+
+BLOCK = 8 * 1024 * 1024
+CONTENT = b"".join(i.to_bytes(4, "little") for i in range((2 * BLOCK + 4096) // 4))
+CONFIG = b'{"hidden": 1}'
+FOUND = r"ERROR modelfs\.fetch\.scrub"
+
+
+@pytest.fixture
+def origin() -> Iterator[Origin]:
+    with Origin({"weights.bin": CONTENT, "config.json": CONFIG}) as origin:
+        origin.digests["weights.bin"] = hashlib.sha256(CONTENT).hexdigest()
+        yield origin
+
+
+def read(mount: Mounted, name: str = "weights.bin") -> bytes:
+    return bytes.fromhex(
+        mount.python("import sys; print(open(sys.argv[1], 'rb').read().hex())", f"{mount.path}/m/{name}")
+    )
+
+
+def fill(mount: Mounted) -> Path:
+    """Read everything and return the data file of the weights, which are verified by then."""
+    assert read(mount) == CONTENT
+    assert read(mount, "config.json") == CONFIG
+    eventually(lambda: mount.status()["models"][0]["cached_bytes"] == len(CONTENT) + len(CONFIG))
+    return data_file(mount.cache, f"sha256-{hashlib.sha256(CONTENT).hexdigest()}")
+
+
+def verified(mount: Mounted, *words: str, code: int) -> dict[str, Any]:
+    result = mount.cli("verify", *words, "--json", check=False)
+    assert result.returncode == code, result.stderr
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def metric(mount: Mounted, name: str) -> float:
+    code = (
+        "import httpx, sys\n"
+        "from pathlib import Path\n"
+        "from modelfs import control\n"
+        "transport = httpx.HTTPTransport(uds=str(control.socket_path(Path(sys.argv[1]))))\n"
+        "print(httpx.Client(transport=transport).get('http://modelfs/metrics').text)\n"
+    )
+    found = re.search(rf"^{name} (\S+)$", mount.python(code, str(mount.path), env=mount.env), re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def test_a_flipped_bit_is_found_and_fetched_again(place: Path, transport: str, origin: Origin) -> None:
+    with mounted(place, sources={"m": origin.url}, env=alone(place), transport=transport) as mount:
+        file = fill(mount)
+        assert verified(mount, code=0) == {"objects": 2, "bytes": len(CONTENT) + len(CONFIG), "bad": []}
+        damage(file, BLOCK + 12345)
+        mount.allowed_errors.append(FOUND)
+        document = verified(mount, "m", "--mountpoint", str(mount.path), code=1)
+        assert document["bad"] == [
+            {
+                "key": file.stem,
+                "name": "m/weights.bin",
+                "faults": ["block 1 does not match its checksum"],
+                "dropped": BLOCK,
+            }
+        ]
+        assert metric(mount, "modelfs_bad_blocks_total") == 1
+        assert metric(mount, "modelfs_verified_bytes_total") == 2 * (len(CONTENT) + len(CONFIG))
+        before = mount.fetched()
+        assert read(mount) == CONTENT
+        assert mount.fetched() - before == BLOCK
+        assert verified(mount, code=0)["bad"] == []
+
+
+def test_a_bad_block_heals_under_a_reader_that_keeps_the_file_open(
+    place: Path, transport: str, origin: Origin
+) -> None:
+    with mounted(place, sources={"m": origin.url}, env=alone(place), transport=transport) as mount:
+        file = fill(mount)
+        with open(mount.path / "m" / "weights.bin", "rb") as reader:  # the kernel may read it by itself
+            damage(file, BLOCK + 12345)
+            mount.allowed_errors.append(FOUND)
+            assert verified(mount, code=1)["objects"] == 2
+            assert read(mount) == CONTENT
+
+            def is_right() -> bool:
+                mount.drop_pages()
+                reader.seek(0)
+                return reader.read() == CONTENT
+
+            eventually(is_right)
+
+
+def test_content_with_other_bytes_and_right_checksums_is_discarded(
+    place: Path, transport: str, origin: Origin
+) -> None:
+    with mounted(place, sources={"m": origin.url}, env=alone(place), transport=transport) as mount:
+        file = fill(mount)
+    # Somebody who knows the format exchanged the content.
+    forge = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from modelfs.cache import Cache\n"
+        "from modelfs.metrics import Metrics\n"
+        "key, size = sys.argv[2], int(sys.argv[3])\n"
+        "cache = Cache(Path(sys.argv[1]), metrics=Metrics())\n"
+        "item = cache.object(key, size)\n"
+        "item.punch([1])\n"
+        "item.write(8 << 20, b'x' * (8 << 20))\n"
+        "item.commit(1)\n"
+        "item.close()\n"
+        "cache.close()\n"
+    )
+    mount.python(forge, str(mount.cache), file.stem, str(len(CONTENT)))
+    with mounted(place, sources={"m": origin.url}, env=alone(place), transport=transport) as mount:
+        mount.allowed_errors.append(FOUND)
+        (bad,) = verified(mount, code=1)["bad"]
+        assert bad["name"] == "m/weights.bin"
+        assert bad["faults"] == [f"the content does not have its digest sha256:{file.stem[7:]}"]
+        assert read(mount) == CONTENT
+        assert verified(mount, code=0)["bad"] == []
+
+
+def test_an_unmounted_cache_is_verified_offline(place: Path, origin: Origin) -> None:
+    sources, env = {"m": origin.url}, alone(place)
+    with mounted(place, sources=sources, env=env) as mount:
+        file = fill(mount)
+        words = ("verify", "--cache-dir", str(mount.cache))
+        refused = mount.cli(*words, check=False)
+        assert refused.returncode == 5
+        assert f"in use by process {mount.status()['pid']}" in refused.stderr
+    assert modelfs(*words).stdout == f"verified {_size()} in 2 objects: all good\n"
+    damage(file.with_suffix(".table"), 64 + 8)
+    result = modelfs(*words, check=False)
+    assert (result.returncode, result.stderr) == (1, "")
+    first, second = result.stdout.splitlines()
+    assert first.endswith(": 1 object bad, 8.0 MiB discarded, to be fetched again")
+    assert second.startswith(f"{file.stem}: the block table is damaged: {BLOCK} bytes are lost")
+    assert modelfs(*words).stdout.endswith("all good\n")
+    with mounted(place, sources=sources, env=env) as mount:
+        assert read(mount) == CONTENT
+        assert mount.fetched() == BLOCK
+    nothing = modelfs("verify", "--cache-dir", str(place / "none"), check=False)
+    assert (nothing.returncode, (place / "none").exists()) == (5, False)
+    assert "is no cache" in nothing.stderr
+
+
+def _size() -> str:
+    return f"{(len(CONTENT) + len(CONFIG)) / 1024**2:.1f} MiB"
