@@ -171,7 +171,7 @@ class Web:
             request = self._client.build_request(method, target, headers={**secrets, **ask})
             response = await self._client.send(request, stream=True)
             try:
-                reach = allowed(str(target), _peer_reach(target, response), nearest)
+                reach = allowed(str(target), _peer_reach(target, response, nearest), nearest)
                 if not response.has_redirect_location:
                     body = b""
                     if limit is not None and response.status_code == 200:
@@ -238,9 +238,14 @@ def _origin(url: httpx.URL) -> tuple[str, str, int]:
     return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
 
 
-def _peer_reach(url: httpx.URL, response: httpx.Response) -> Reach:
+def _peer_reach(url: httpx.URL, response: httpx.Response, nearest: Reach) -> Reach:
     stream = response.extensions["network_stream"]
-    return peer_reach(str(url), stream.get_extra_info("server_addr")[0])
+    try:
+        return peer_reach(str(url), stream.get_extra_info("server_addr")[0])
+    except OSError as error:  # it has reset the connection behind its answer
+        if nearest is Reach.LINK:
+            return written_reach(str(url))
+        raise httpx.ReadError(str(error)) from error
 
 
 async def _body(response: httpx.Response, limit: int, place: str) -> bytes:
