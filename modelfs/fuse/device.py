@@ -71,9 +71,6 @@ class _Pipe:
     """Where a reply is put together before the device takes it at once."""
 
     def __init__(self) -> None:
-        self._open()
-
-    def _open(self) -> None:
         self.output, self._input = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         with contextlib.suppress(PermissionError):  # it stays smaller for users with many pipes
             fcntl.fcntl(self._input, fcntl.F_SETPIPE_SZ, MAX_READ + 4096)
@@ -94,9 +91,10 @@ class _Pipe:
         return True
 
     def empty(self) -> None:
-        """Throw away what is in it."""
-        self.close()
-        self._open()
+        """Throw away what is in it; needs no new descriptors, of which there may be none."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.output, self.room):
+                pass
 
     def close(self) -> None:
         os.close(self.output)

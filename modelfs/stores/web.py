@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import email.utils
+import errno
 import functools
 import netrc
 import os
@@ -219,6 +220,7 @@ def netrc_auth(host: str) -> str | None:
 
     Raises:
         AccessDenied: the file is there but cannot be read or understood.
+        Unavailable: the process has no descriptor for it at the moment.
 
     """
     try:
@@ -230,6 +232,8 @@ def netrc_auth(host: str) -> str | None:
         # The parser's message may quote a password.
         raise AccessDenied(f"{path}, line {error.lineno}: malformed: correct it") from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise Unavailable(f"{path}: {error.strerror}: raise the limit of open files") from error
         raise AccessDenied(f"{path}: cannot be read ({type(error).__name__}): correct it") from error
     return basic_auth(found[0], found[2] or "") if found else None
 
