@@ -21,7 +21,7 @@ from modelfs.control.app import Tell, Work, serve
 from modelfs.errors import ModelfsError, MountError
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
-from modelfs.fetch.scrub import Subject, verify
+from modelfs.fetch.scrub import Scrubber, Subject, verify
 from modelfs.fuse import mountpoint
 from modelfs.fuse.ledger import Held
 from modelfs.fuse.operations import Operations
@@ -129,6 +129,13 @@ class Daemon:
             connections=settings.connections,
             read_deadline=settings.read_deadline,
         )
+        self._scrubber = Scrubber(
+            cache,
+            lambda: self._catalog.subjects(),
+            self._fetcher.distrust,
+            lambda: self._fetcher.busy,
+            settings.scrub,
+        )
         self._tree = Tree()
         self._catalog = Catalog(
             self._tree,
@@ -173,6 +180,8 @@ class Daemon:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self._catalog.run, settings.refresh)
+                if settings.scrub:
+                    nursery.start_soon(self._scrubber.run)
                 nursery.start_soon(self._stop_when_asked, nursery.cancel_scope)
                 nursery.start_soon(self._announce, nursery, ready)
                 await self._transport.run()
@@ -280,6 +289,7 @@ class Daemon:
                 "objects": usage.objects,
                 "pinned": usage.pinned,
                 "unclean_start": usage.unclean_start,
+                "scrub": self._scrubber.to_json(),
             },
             "reads": {
                 "bytes": int(read),

@@ -52,6 +52,7 @@ _DOCUMENT: dict[str, Any] = {
         "free": 200 * 1024**3,
         "objects": 1,
         "unclean_start": False,
+        "scrub": {"rate": 20 * 1024**2, "began": 1_700_000_100.0, "finished": None, "bad": 0},
     },
     "reads": {"bytes": 5 * 1024**2, "hit_bytes": 4 * 1024**2, "hit_ratio": 0.8, "errors": {"Unavailable": 3}},
     "fetch": {"bytes": 8 * 1024**2, "requests": 12, "retries": 1, "errors": {}, "in_flight": 0},

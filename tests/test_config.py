@@ -117,6 +117,7 @@ EXAMPLES: Mapping[str, tuple[str, Any]] = {
     "allow_other": ("yes", True),
     "refresh": ("5m", 300.0),
     "read_deadline": ("9s", 9.0),
+    "scrub": ("5MiB/s", 5 * 1024**2),
     "keep_going": ("true", True),
     "connections": ("3", 3),
     "log_level": ("warning", "warning"),
@@ -570,3 +571,17 @@ def test_the_documented_example_is_a_configuration() -> None:
         "profile": "minio",
         "region": "eu-central-1",
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "rate"),
+    [("off", 0), ("'off'", 0), ("0", 0), ("1MB", 10**6), ("20MiB/s", 20 * 1024**2), ("4096", 4096)],
+)
+def test_the_pace_of_the_scrubber_is_a_rate_or_off(written: str, rate: int) -> None:
+    assert loaded(f"{MODEL}scrub: {written}\n").scrub == rate
+
+
+@pytest.mark.parametrize("written", ["fast", "on", "20MiB/h", "0MiB/s", "[]"])
+def test_another_pace_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"scrub: .* is neither a rate nor off: write it like 20MiB/s$"):
+        loaded(f"{MODEL}scrub: {written}\n")

@@ -6,7 +6,9 @@ What ``modelfs verify`` and the scrubber do to each object; what is bad is dropp
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
+from modelfs.cache import disk
 from modelfs.cache.generation import Generation
 from modelfs.types import Digest, block_span
 
@@ -54,11 +56,16 @@ class Audit:
         self.dropped += length
         self.done += length
 
-    def step(self) -> bool:
+    def step(self, *, idly: bool = False) -> bool:
         """Read the next block; return whether there is more to do.
 
+        With `idly` others may use the disk first.
         Content that is discarded, replaced or closed by others meanwhile is audited no further.
         """
+        with disk.idly() if idly else nullcontext():
+            return self._step()
+
+    def _step(self) -> bool:
         now = self._now
         if now.dead:
             return False

@@ -64,7 +64,8 @@ def _counted(count: int, one: str) -> str:
 def status(out: Console, data: Mapping[str, Any], now: float | None = None) -> None:
     """Print one daemon's status as docs/status.md describes it."""
     transport, cache, reads, fetch = data["transport"], data["cache"], data["reads"], data["fetch"]
-    up = duration((time.time() if now is None else now) - data["started"])
+    now = time.time() if now is None else now
+    up = duration(now - data["started"])
     out.print(Text(printable(data["mountpoint"]), style="bold"))
     out.print(f"  modelfs {data['modelfs']}, pid {data['pid']}, up {up}, {size(data['rss_bytes'])} of memory")
     out.print(f"  transport  {transport['name']}: {transport['why']}")
@@ -75,6 +76,8 @@ def status(out: Console, data: Mapping[str, Any], now: float | None = None) -> N
     unclean = ", checking blocks after an unclean stop" if cache["unclean_start"] else ""
     held = f"{size(cache['used'])} of {size(cache['limit'])} in {_counted(cache['objects'], 'object')}"
     out.print(f"  cache      {held}, {size(cache['free'])} free, {printable(cache['directory'])}{unclean}")
+    if "scrub" in cache:  # an older daemon does not tell
+        out.print(f"  scrub      {_scrub(cache['scrub'], now)}")
     hits = "" if reads["hit_ratio"] is None else f", {reads['hit_ratio']:.0%} of it cached before"
     handles = _counted(data["open_handles"], "open file")
     out.print(f"  reads      {size(reads['bytes'])}{hits}, {handles}, errors: {_kinds(reads['errors'])}")
@@ -86,6 +89,21 @@ def status(out: Console, data: Mapping[str, Any], now: float | None = None) -> N
         out.print(f"  on demand  {', '.join(f'{name}/' for name in data['namespaces'])}")
     out.print()
     models(out, data["models"])
+
+
+def _scrub(scrub: Mapping[str, Any], now: float) -> str:
+    """Return what the scrubber does and has found."""
+    if not scrub["rate"]:
+        return "off"
+    began, finished = scrub["began"], scrub["finished"]
+    if began is None:
+        when = "not begun yet"
+    elif finished is None or finished < began:
+        when = f"reading everything for {duration(now - began)}"
+    else:
+        when = f"read everything {duration(now - finished)} ago"
+    bad = f"{_counted(scrub['bad'], 'object')} bad" if scrub["bad"] else "nothing bad"
+    return f"{when}, {bad}, at most {size(scrub['rate'])}/s"
 
 
 def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:

@@ -34,6 +34,7 @@ from modelfs.config.values import (
     parse_deadline,
     parse_duration,
     parse_path,
+    parse_rate,
     parse_share,
     parse_size,
     parse_text,
@@ -126,6 +127,7 @@ class Settings:
         allow_other: other users may read the mount.
         refresh: seconds between two resolutions of every model; 0 = never.
         read_deadline: seconds after which a read that gets no bytes fails.
+        scrub: bytes per second at which the cache is read again in the background; 0 = never.
         keep_going: mount although models that are not optional cannot be resolved.
         connections: how many requests to stores run at once.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
@@ -143,6 +145,7 @@ class Settings:
     allow_other: bool
     refresh: float
     read_deadline: float
+    scrub: int
     keep_going: bool
     connections: int
     log_level: str
@@ -207,6 +210,7 @@ KEYS: tuple[Key, ...] = (
     Key("allow_other", parse_boolean, False, "let other users read the mount"),
     Key("refresh", parse_duration, 60.0, "time between two looks for new revisions; 0 = never"),
     Key("read_deadline", parse_deadline, 300.0, "a read that gets no bytes for so long fails"),
+    Key("scrub", parse_rate, 20 * 1024**2, "how fast the cache is read again to find bad blocks, or off"),
     Key("keep_going", parse_boolean, False, "mount although some models cannot be resolved"),
     Key("connections", parse_connections, 16, "requests to stores at once"),
     Key("log_level", choice("debug", "info", "warning", "error"), "info", "how much is logged"),

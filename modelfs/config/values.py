@@ -84,6 +84,19 @@ def parse_cache_size(value: Any) -> int:
     return size
 
 
+def parse_rate(value: Any) -> int:
+    """Return bytes per second: a size with or without ``/s``; 0 for ``off``."""
+    if value is False or value in ("off", 0):  # YAML takes off for false
+        return 0
+    try:
+        rate = parse_size(value.removesuffix("/s") if isinstance(value, str) else value)
+    except ValueError:
+        rate = 0
+    if rate == 0:
+        raise ValueError(f"{quoted(value)} is neither a rate nor off: write it like 20MiB/s")
+    return rate
+
+
 def parse_deadline(value: Any) -> float:
     """Return seconds, more than 0."""
     seconds = parse_duration(value)

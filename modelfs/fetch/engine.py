@@ -121,6 +121,11 @@ class Fetcher:
         """How many data requests are under way."""
         return self._active
 
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits for the disk or a store."""
+        return self._active > 0 or self.disk.borrowed_tokens > 0
+
     # -- readers ---------------------------------------------------------------------------------------
 
     async def open(self, source: Source, entry: Entry, following: Entry | None = None) -> Reader:

@@ -6,8 +6,11 @@ What is bad is dropped, and fetched again by whoever reads it next.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import trio
@@ -18,6 +21,21 @@ from modelfs.fetch.source import digest_in
 from modelfs.types import Digest
 
 log = logging.getLogger(__name__)
+
+PERIOD = 7 * 86400.0
+"""Seconds from the beginning of one pass of the scrubber to that of the next."""
+
+SETTLE = 600.0
+"""Seconds after its start before the scrubber reads anything: models are being loaded then."""
+
+YIELD = 1.0
+"""Seconds for which the scrubber pauses while readers wait for the disk or a store."""
+
+NOTE = 30.0
+"""Seconds after which it is noted anew on disk how far a pass has come."""
+
+STATE = "scrub"
+"""Name under which it is noted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +97,33 @@ def subjects_in(cache: Cache) -> list[Subject]:
     return [Subject(key, key, present, digest_in(key)) for key, present in cache.contents()]
 
 
-async def verify(cache: Cache, subjects: Sequence[Subject], distrust: Distrust, progress: Progress) -> Report:
+async def verify(
+    cache: Cache,
+    subjects: Sequence[Subject],
+    distrust: Distrust,
+    progress: Progress,
+    *,
+    idly: bool = False,
+) -> Report:
     """Read `subjects` again, one after the other, and drop what is bad.
 
-    Cancelling ends it after the block that is being read. An object that is no longer cached counts for
-    nothing.
+    With `idly` others may use the disk first. Cancelling ends it after the block that is being read. An
+    object that is no longer cached counts for nothing.
     """
     report = Report()
     for subject in subjects:
-        await _audit(cache, subject, distrust, progress, report)
+        await _audit(cache, subject, distrust, progress, report, idly)
     return report
 
 
 async def _audit(
-    cache: Cache, subject: Subject, distrust: Distrust, progress: Progress, report: Report
+    cache: Cache, subject: Subject, distrust: Distrust, progress: Progress, report: Report, idly: bool
 ) -> None:
     audit = await trio.to_thread.run_sync(cache.audit, subject.key, subject.digest)
     if audit is None:
         return
     try:
-        while await trio.to_thread.run_sync(audit.step):
+        while await trio.to_thread.run_sync(partial(audit.step, idly=idly)):
             await progress(subject, report.bytes + audit.done)
     finally:
         with trio.CancelScope(shield=True):
@@ -113,3 +138,98 @@ async def _audit(
             faults.append(str(error))
         log.error("%s (%s): %s", subject.name, subject.key, "; ".join(faults))
         report.bad.append(Bad(subject.key, subject.name, faults, audit.dropped))
+
+
+class Scrubber:
+    """Reads everything in the cache again, once a week, slowly, and not while readers wait.
+
+    How far a pass has come survives restarts: it goes through the objects in the order of their names.
+
+    Args:
+        cache: what is read.
+        subjects: gives everything in it.
+        distrust: acts on bad bytes.
+        busy: whether readers wait.
+        rate: bytes per second, at most; more than 0.
+        settle: seconds before the first read.
+
+    Attributes:
+        began: when the present or last pass began, seconds since the epoch; None before the first.
+        finished: when the last one that came to its end did.
+        bad: objects of which something was bad, since the daemon started.
+
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        subjects: Callable[[], Sequence[Subject]],
+        distrust: Distrust,
+        busy: Callable[[], bool],
+        rate: int,
+        *,
+        settle: float = SETTLE,
+    ) -> None:
+        self._cache = cache
+        self._subjects = subjects
+        self._distrust = distrust
+        self._busy = busy
+        self.rate = rate
+        self._settle = settle
+        self.began: float | None = None
+        self.finished: float | None = None
+        self.bad = 0
+        self._after = ""
+        self._noted = -math.inf
+
+    async def run(self) -> None:
+        """Read; never returns."""
+        await self._recall()
+        await trio.sleep(self._settle)
+        while True:
+            if self.began is None or self._is_over(self.began):
+                if self.began is not None:
+                    await trio.sleep(max(0.0, self.began + PERIOD - time.time()))
+                self.began, self._after = time.time(), ""
+            await self._pass()
+            self.finished = time.time()
+            await self._note()
+
+    def _is_over(self, began: float) -> bool:
+        return self.finished is not None and self.finished >= began
+
+    async def _pass(self) -> None:
+        """Read what comes after the object that was read last."""
+        for subject in sorted(self._subjects(), key=lambda subject: subject.key):
+            if subject.key <= self._after:
+                continue
+            done = 0
+
+            async def pace(_: Subject, now_done: int) -> None:
+                nonlocal done
+                await trio.sleep((now_done - done) / self.rate)
+                done = now_done
+                while self._busy():  # noqa: ASYNC110  # readers come and go all the time
+                    await trio.sleep(YIELD)
+
+            report = await verify(self._cache, [subject], self._distrust, pace, idly=True)
+            self.bad += len(report.bad)
+            self._after = subject.key
+            if trio.current_time() - self._noted > NOTE:
+                await self._note()
+
+    async def _note(self) -> None:
+        self._noted = trio.current_time()
+        state = {"began": self.began, "finished": self.finished, "after": self._after}
+        await trio.to_thread.run_sync(self._cache.set_meta, STATE, state)
+
+    async def _recall(self) -> None:
+        state = await trio.to_thread.run_sync(self._cache.get_meta, STATE)
+        match state:
+            case {"began": float(began), "finished": float() | None as finished, "after": str(after)}:
+                # A clock that was set back shall not put the next pass off for years.
+                self.began, self.finished, self._after = min(began, time.time()), finished, after
+
+    def to_json(self) -> dict[str, Any]:
+        """Return ``cache.scrub`` of the status document."""
+        return {"rate": self.rate, "began": self.began, "finished": self.finished, "bad": self.bad}
