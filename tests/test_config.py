@@ -326,7 +326,7 @@ WRONG: Mapping[str, tuple[str | bytes, str]] = {
     "not UTF-8": (b"models:\n  a: \xff\n", r"modelfs\.yaml:2: is not UTF-8"),
     "two documents": ("a: 1\n---\nb: 2\n", r"modelfs\.yaml:2: .*another document"),
     "a list": ("- a\n- b\n", r"modelfs\.yaml:1: a list stands where"),
-    "text": ("models\n", r"modelfs\.yaml:1: 'models' stands where"),
+    "text": ("models\n", r"modelfs\.yaml:1: text stands where"),
     "code": (
         "models: !!python/object/apply:os.system [id]\n",
         r"modelfs\.yaml:1: could not determine a constr",
@@ -366,7 +366,7 @@ WRONG: Mapping[str, tuple[str | bytes, str]] = {
     "truth value as key": ("models:\n  on: fake://a\n", r"modelfs\.yaml:2: the key 'on' is not text"),
     "list as key": ("models:\n  ? [a]\n  : fake://a\n", r"modelfs\.yaml:2: the key a list is not text"),
     "models is a list": ("models: [a]\n", r"modelfs\.yaml:1: models: a list is not a mapping"),
-    "cache is text": ("cache: big\n", r"modelfs\.yaml:1: cache: 'big' is not a mapping"),
+    "cache is text": ("cache: big\n", r"modelfs\.yaml:1: cache: text is not a mapping"),
     "size": ("cache:\n\n  size: 50GX\n", r"modelfs\.yaml:3: cache.size: '50GX' is not a size"),
     "small cache": ("cache: {size: 1MiB}\n", r"modelfs\.yaml:1: cache.size: '1MiB' is less than one block"),
     "share": ("cache: {min_free: a lot}\n", r"modelfs\.yaml:1: cache.min_free: 'a lot' is neither"),

@@ -381,7 +381,10 @@ def check(
     settings = config.load(mountpoint=None, config_file=file)
     data = settings.to_json()
     del data["mountpoint"]
-    data["store_options"] = {prefix: sorted(options) for prefix, options in settings.store_options.items()}
+    names: dict[str, set[str]] = {}
+    for prefix, options in settings.store_options.items():
+        names.setdefault(redact(prefix), set()).update(options)
+    data["store_options"] = {prefix: sorted(options) for prefix, options in names.items()}
     for model in data["models"]:
         model["options"] = sorted(model["options"])
         model["sources"] = [redact(url) for url in model["sources"]]

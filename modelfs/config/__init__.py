@@ -382,9 +382,9 @@ def _models(
         try:
             layers = [stores[prefix] for prefix in _covering(url, stores)]
         except ConfigError as error:
-            raise ConfigError(f"{place}: model {name!r}: {error}") from None
+            raise ConfigError(f"{place}: model {quoted(name)}: {error}") from None
         own, own_place = model.pop("own"), model.pop("own_place")
-        options = _open(url, [*layers, (own, own_place)], f"{place}: model {name!r}")
+        options = _open(url, [*layers, (own, own_place)], f"{place}: model {quoted(name)}")
         models.append(ModelSettings(name=name, options=options, **model))
     return tuple(models)
 
@@ -401,12 +401,14 @@ def _models_of_file(document: Mapped) -> Iterator[tuple[str, str, dict[str, Any]
             body = mapping_at(table, name)
         refuse_unknown(body, {"source", "options", "optional", "pin"})
         if "source" not in body:
-            raise ConfigError(f"{place}: model {name!r} has no source: write 'source: URL'")
+            raise ConfigError(f"{place}: model {quoted(name)} has no source: write 'source: URL'")
         source = body["source"]
         urls = source if isinstance(source, list) else [source]
         if len(urls) != 1:
             reason = "fallback chains are not supported yet" if urls else "the list is empty"
-            raise ConfigError(f"{body.place('source')}: model {name!r}: source: {reason}: name one source")
+            raise ConfigError(
+                f"{body.place('source')}: model {quoted(name)}: source: {reason}: name one source"
+            )
         fields: dict[str, Any] = {
             "sources": (read_at(body, "source", parse_text, urls[0]),),
             "own": options_at(body, "options"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ import yaml
 from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
-from modelfs.config.values import QUOTE_IT, meant, quoted
+from modelfs.config.values import QUOTE_IT, kind_of, meant, quoted, without_secrets
 from modelfs.errors import ConfigError
 
 MAX_FILE = 4 * 1024 * 1024
@@ -87,7 +88,7 @@ def read_file(file: Path) -> Mapped:
     if document is None:
         return Mapped(str(file))
     if not isinstance(document, Mapped):
-        raise ConfigError(f"{file}:1: {quoted(document)} stands where 'models:' or another key is expected")
+        raise ConfigError(f"{file}:1: {kind_of(document)} stands where 'models:' or another key is expected")
     return document
 
 
@@ -99,7 +100,11 @@ def _parse(text: str, file: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{file}:{mark.line + 1}" if mark else file
-        raise ConfigError(f"{place}: {error.problem or error.context}") from None
+        # A value that begins with *, & or ! is a name to YAML, and may be half of a secret.
+        problem = re.sub(
+            r"(alias|anchor|tag|handle) ['\"].*", rf"\1{QUOTE_IT}", str(error.problem or error.context)
+        )
+        raise ConfigError(f"{place}: {problem}") from None
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         found = f"U+{ord(text[error.position]):04X}"
@@ -118,9 +123,9 @@ def parse_option(text: str) -> tuple[str, Any]:
 
     """
     name, separator, value = text.partition("=")
-    fault = ConfigError(f"--option {name or '…'}: write it as NAME=VALUE")
-    if not name or not separator:
-        raise fault
+    if not separator or not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError("--option …: write it as NAME=VALUE")
+    fault = ConfigError(f"--option {name}: write it as NAME=VALUE")
     try:
         return name, _json_value(_parse(value, "--option"))
     except (ConfigError, ValueError, RecursionError):
@@ -147,7 +152,8 @@ def mapping_at(parent: Mapped, key: str) -> Mapped:
         return Mapped(parent.file)
     if not isinstance(value, Mapped):
         raise ConfigError(
-            f"{parent.place(key)}: {key}: {quoted(value)} is not a mapping: write 'NAME: …' lines"
+            f"{parent.place(key)}: {without_secrets(key)}: {kind_of(value)} is not a mapping: "
+            "write 'NAME: …' lines"
         )
     return value
 
@@ -164,7 +170,7 @@ def options_at(parent: Mapped, key: str) -> dict[str, Any]:
         return {name: _json_value(value) for name, value in options.items()}
     except (ValueError, RecursionError):
         accepted = "options are text, numbers, true/false, lists and mappings"
-        raise ConfigError(f"{parent.place(key)}: {key}: {accepted}") from None
+        raise ConfigError(f"{parent.place(key)}: {without_secrets(key)}: {accepted}") from None
 
 
 def read_at(mapping: Mapped, key: str, read: Callable[[Any], T], value: Any) -> T:

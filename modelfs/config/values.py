@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from modelfs.stores import redact
 from modelfs.types import BLOCK
 
 _UNITS = {"": 1, "b": 1} | {
@@ -171,7 +172,15 @@ QUOTE_IT = ": put it in quotes"
 
 
 def quoted(value: Any) -> str:
-    """Return `value` for a message: short, on one line, and of a collection only what it is."""
+    """Return `value` for a message: short, on one line, a URL redacted, of a collection only what it is."""
+    if value is None or isinstance(value, dict | list):
+        return kind_of(value)
+    text = repr(without_secrets(str(value)))
+    return text if len(text) <= 80 else f"{text[:77]}…'"
+
+
+def kind_of(value: Any) -> str:
+    """Return what `value` is, for a message about one that may be a secret."""
     match value:
         case None:
             return "nothing"
@@ -179,8 +188,14 @@ def quoted(value: Any) -> str:
             return "a mapping"
         case list():
             return "a list"
-    text = repr(str(value))
-    return text if len(text) <= 80 else f"{text[:77]}…'"
+        case str():
+            return "text"
+    return "a single value"
+
+
+def without_secrets(key: str) -> str:
+    """Return `key` for a message: names are as they are written, but a URL may hold a password."""
+    return redact(key) if "://" in key else key
 
 
 def meant(word: Any, known: Iterable[str]) -> str:

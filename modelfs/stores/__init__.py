@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from modelfs.errors import ConfigError, NotFound
 from modelfs.types import Entry, Location, Snapshot
@@ -111,7 +111,7 @@ def redact(url: str) -> str:
         parts = None
     if parts is None:  # whatever is before an @ may be a password
         return url.partition("?")[0].rpartition("@")[2]
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def known_schemes() -> list[str]:

@@ -38,7 +38,7 @@ def path_of(url: str) -> Path:
     except ValueError as error:
         raise ConfigError(f"{redact(url)}: malformed URL: {error}") from error
     if parts.netloc not in ("", "localhost"):
-        raise ConfigError(f"{redact(url)}: names the host {parts.netloc!r}: write file:///absolute/path")
+        raise ConfigError(f"{redact(url)}: names the host {parts.hostname!r}: write file:///absolute/path")
     if parts.query or parts.fragment:
         raise ConfigError(f"{redact(url)}: write ? as %3F and # as %23 in a file:// URL")
     if not path.startswith("/") or "\0" in path:

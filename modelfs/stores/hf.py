@@ -20,7 +20,7 @@ import trio
 
 from modelfs import __version__
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale, StoreError, Unavailable
-from modelfs.stores import Options, checked_options, entry_in
+from modelfs.stores import Options, checked_options, entry_in, redact
 from modelfs.stores.reach import Reach, allowed, resolved_reach
 from modelfs.types import Digest, Entry, Location, Snapshot, path_fault
 
@@ -76,13 +76,13 @@ class HubStore:
     def __init__(self, url: str, options: Options) -> None:
         found = _URL.fullmatch(url)
         if found is None or re.search(r"\.\.|--|\.git$", found["repo"]):
-            raise ConfigError(f"{url.partition('?')[0]!r} is not a Hub URL: write hf://ORG/NAME@REVISION")
+            raise ConfigError(f"{redact(url)!r} is not a Hub URL: write hf://ORG/NAME@REVISION")
         self._kind = (found["kind"] or "models/").rstrip("/")
         self._repo: str = found["repo"]
         self._revision: str = found["revision"] or "main"
         self._subdir: str = (found["subdir"] or "").removesuffix("/")
         if self._subdir and path_fault(self._subdir):
-            raise ConfigError(f"{url!r} is no place for a model: {path_fault(self._subdir)}")
+            raise ConfigError(f"{redact(url)!r} is no place for a model: {path_fault(self._subdir)}")
         below = f"/{self._subdir}" if self._subdir else ""
         # A lone name gets company: what stands before @ right after :// would be a user's name.
         kind = f"{self._kind}/" if self._kind != "models" or "/" not in self._repo else ""

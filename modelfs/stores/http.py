@@ -367,7 +367,9 @@ def _manifest_url(url: str, name: str) -> str:
 def _checked_headers(url: str, headers: dict[Any, Any]) -> dict[str, str]:
     for name, value in headers.items():
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
-            raise ConfigError(f"{url}: option 'headers': {name!r} is not the name of a header")
+            begins = _HEADER_NAME.match(str(name))  # what follows may be the value
+            shown = begins[0] if begins else ""
+            raise ConfigError(f"{url}: option 'headers': '{shown}…' is not the name of a header")
         if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
             raise ConfigError(f"{url}: option 'headers': the value of {name!r} is not printable ASCII text")
     return {name.lower(): value for name, value in headers.items()}

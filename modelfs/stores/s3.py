@@ -70,10 +70,12 @@ class S3Store:
     def __init__(self, url: str, options: Options) -> None:
         found = re.fullmatch(r"[sS]3://([A-Za-z0-9][A-Za-z0-9._-]*)(?:/(.*))?", url, re.DOTALL)
         if found is None:
-            raise ConfigError(f"{url.partition('?')[0]!r} is not an S3 URL: write s3://BUCKET/PREFIX/")
+            raise ConfigError(f"{redact(url)!r} is not an S3 URL: write s3://BUCKET/PREFIX/")
         self._bucket, path = found[1], found[2] or ""
         if path and path_fault(path.removesuffix("/")):
-            raise ConfigError(f"{url!r} is no place for a model: {path_fault(path.removesuffix('/'))}")
+            raise ConfigError(
+                f"{redact(url)!r} is no place for a model: {path_fault(path.removesuffix('/'))}"
+            )
         self.url = f"s3://{self._bucket}/{path}"
         self._prefix = f"{path.removesuffix('/')}/" if path else ""
         self._object = "" if path.endswith("/") else path
@@ -294,7 +296,7 @@ def _checked(url: str, options: Options) -> Options:
     checked_options(url, options, OPTIONS)
     style, endpoint = options.get("addressing_style", "auto"), options.get("endpoint_url")
     if style not in ("auto", "path", "virtual"):
-        raise ConfigError(f"{url}: addressing_style must be auto, path or virtual, not {style!r}")
+        raise ConfigError(f"{url}: addressing_style must be auto, path or virtual")
     if endpoint is not None and not re.match(r"https?://[^/@?#]+/?$", endpoint):
         raise ConfigError(f"{url}: endpoint_url must look like https://HOST:PORT")
     if not 1 <= options.get("expires", 3600) <= _LONGEST:

@@ -161,6 +161,9 @@ class Web:
         except httpx.LocalProtocolError as error:
             # Its text quotes the header that could not be sent, which may be a secret.
             raise StoreError(f"{place}: the request cannot be sent: check the option headers") from error
+        except httpx.RemoteProtocolError as error:
+            # Nor is this text repeated: it quotes the answer, which may quote the request.
+            raise Unavailable(f"{place}: the answer is not HTTP: check the address") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unavailable(f"{place}: {_detail(error)}: check the address and the network") from error
         raise Unavailable(f"{place}: no answer within {self._timeout:g} s: raise the option timeout")
