@@ -16,7 +16,7 @@ from modelfs.types import Span, block_span
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = {Expired: 3, Stale: 2, NotFound: 2, AccessDenied: 2, BadAnswer: 4}
+ATTEMPTS = {Expired: 3, Stale: 2, AccessDenied: 2, BadAnswer: 4}
 """Attempts per block for failures that a new location may cure; others are retried until the deadline."""
 
 
@@ -139,22 +139,18 @@ class Transfer:
         deadline: float,
     ) -> None:
         """Return when another attempt makes sense; raise what the reader gets when none does."""
+        where = f"{download.source.url}: {download.entry.path}"
+        if isinstance(error, NotFound):  # it was listed
+            error = Stale(f"{where}: the store no longer has this version: {error}")
         kind = type(error)
         failures[kind] = failures.get(kind, 0) + 1
-        where = f"{download.source.url}: {download.entry.path}"
         limit = ATTEMPTS.get(kind)
         if limit is not None:
             download.source.forget(download.entry)
             if failures[kind] >= limit:
-                match error:
-                    case Expired():
-                        raise AccessDenied(
-                            f"{where}: the store refuses every new signature: {error}"
-                        ) from error
-                    case NotFound():
-                        raise Stale(f"{where}: the store no longer has this version: {error}") from error
-                    case _:
-                        raise error
+                if kind is Expired:
+                    raise AccessDenied(f"{where}: the store refuses every new signature: {error}") from error
+                raise error
         elif not error.retryable:
             raise error
         pause = max(pause, getattr(error, "retry_after", None) or 0.0)
