@@ -130,6 +130,9 @@ class _Content(mmap.mmap):
     def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]  # what WSGI wants
         return (self[start : start + _MAPPED] for start in range(0, len(self), _MAPPED))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Content:
+        return self  # moto copies keys to list their versions; nobody can change these bytes
+
 
 def _serve_ranges_from_files() -> None:
     """Let moto map large objects; it would copy all of one into memory for every range of it."""
