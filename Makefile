@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl
 
-.PHONY: help demo test check bench chaos clean
+.PHONY: help demo test check bench chaos storm clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: .venv/.ready  ## the HTTP clients, then mounts beside rclone and s3fs; ro
 
 chaos: .venv/.ready  ## 200 SIGKILLs of the daemon under readers that compare every byte (10 minutes, root)
 	@$(BIN)/python -m chaos $(ARGS)
+
+storm: .venv/.ready  ## 10,000 faults of all kinds between every network store and its readers (5 minutes)
+	@$(BIN)/python -m tests.faults.storm $(ARGS)
 
 clean:  ## remove what the other commands made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out

@@ -456,8 +456,9 @@ class _Passage(Handler):
         if answer.sent is not None:
             self._write(answer)
         if answer.end == "silence":
-            # Readable: the client has gone, or the proxy is closing.
-            select.select([self.connection], [], [], answer.seconds or None)
+            waiting = select.poll()
+            waiting.register(self.connection, select.POLLIN)  # the client has gone, or the proxy is closing
+            waiting.poll(answer.seconds * 1000 or None)
         if answer.end == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())

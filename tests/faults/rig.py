@@ -30,6 +30,9 @@ STORES = ("http", "https", "s3", "hf")
 SECRETS = (SECRET, TOKEN, "pa55word", "Signature=")
 """What no message may show: the stores are asked with these, or with links that have this."""
 
+WRONG = "WRONG BYTES"
+"""The outcome that must never be."""
+
 
 def noise(size: int, seed: str) -> bytes:
     return random.Random(seed).randbytes(size)
@@ -120,18 +123,20 @@ async def fetching(
         cache.close()
 
 
-async def outcome(fetcher: Fetcher, source: Source, entry: Entry, content: bytes) -> str:
-    """Read all of `entry`, its end first, and return "right", or the class of the error.
+async def outcome(
+    fetcher: Fetcher, source: Source, entry: Entry, content: bytes, first: int | None = None
+) -> str:
+    """Read all of `entry`, first from `first` on, and return "right", `WRONG`, or the class of the error.
 
     The error is checked: one line without secrets. Bytes are compared whatever comes after them.
     """
     try:
         reader = await fetcher.open(source, entry)
         try:
-            for start in (len(content) * 2 // 3, 0):
+            for start in (len(content) * 2 // 3 if first is None else first, 0):
                 got = await reader.read(start, len(content))
                 if got != content[start:]:
-                    return "WRONG BYTES"
+                    return WRONG
         finally:
             reader.close()
     except ModelfsError as error:
