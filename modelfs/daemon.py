@@ -42,7 +42,8 @@ def run(settings: Settings, *, ready: Callable[[], None], held: Held | None = No
     Args:
         settings: what to mount, and where.
         ready: called once.
-        held: what a holder keeps. If an earlier daemon had mounted already, its mount is taken over.
+        held: what a holder keeps. If an earlier daemon had mounted already, its mount is taken over. If
+            it is kept over the holder's end too, signals leave the mount to a successor.
 
     Returns whether the mount was left to a successor.
 
@@ -206,8 +207,12 @@ class Daemon:
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
-                log.info("%s: unmounting", signal.Signals(number).name)
-                self.stop()
+                if self._held is not None and self._held.kept and self._held.mounted:
+                    log.info("%s: leaving the mount to the next one", signal.Signals(number).name)
+                    self.leave()
+                else:
+                    log.info("%s: unmounting", signal.Signals(number).name)
+                    self.stop()
 
     async def _stop_when_asked(self, serving: trio.CancelScope) -> None:
         """Take the mount out of sight, serve who still reads for a while, then end the session."""

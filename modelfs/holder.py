@@ -4,6 +4,9 @@ It keeps ``/dev/fuse`` and the ledger open, runs the daemon as its child and, wh
 one with the same two descriptors. Readers wait meanwhile; those the kernel serves by itself notice nothing.
 It imports little and does little, so that it neither dies nor needs an upgrade itself.
 
+Where a service manager keeps descriptors over a restart of its service (systemd: ``FileDescriptorStoreMax=``)
+the two are left with it. SIGTERM then ends the processes and leaves the mount, and the next holder goes on.
+
 Exit codes of the daemon: 0 after an unmount, `LEFT` when it left the mount to a successor; anything else is
 a death. A daemon that dies before it has mounted takes the holder with it: there is nothing to keep.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import logging
 import os
 import select
@@ -23,12 +27,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from modelfs import __version__
+from modelfs import __version__, service
 from modelfs.control.notice import Notice, posted
 from modelfs.control.runtime import Record
 from modelfs.errors import MountError
+from modelfs.fuse import mountpoint as mountpoints
 from modelfs.fuse import wire
-from modelfs.fuse.ledger import Ledger, head
+from modelfs.fuse.ledger import Held, Ledger, head
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +49,8 @@ PAUSES = (0.0, 0.0, 0.5, 1.0, 2.0)
 REST_SECONDS = 60.0
 """How long requests are answered with EIO in a crash loop before a daemon is tried again."""
 
-_MNT_DETACH = 2
+_DEVICE, _LEDGER = "modelfs-device", "modelfs-ledger"
+"""Names under which a service manager keeps the two."""
 
 
 class Holder:
@@ -54,15 +60,21 @@ class Holder:
         mountpoint: where it is, for the unmount when no daemon can do it.
         settings: what each daemon reads from its standard input; may hold secrets, so no command line has it.
         command: starts a daemon; the descriptors are appended as options.
+        held: what an earlier holder left; None begins a new mount.
 
     """
 
-    def __init__(self, mountpoint: Path, settings: bytes, command: Sequence[str]) -> None:
+    def __init__(
+        self, mountpoint: Path, settings: bytes, command: Sequence[str], held: Held | None = None
+    ) -> None:
         self._mountpoint = mountpoint
         self._settings = settings
         self._command = command
-        self._device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        self._ledger = Ledger.create().fd
+        self._kept = service.keeps_descriptors()
+        if held is None:
+            device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            held = Held(device, Ledger.create().fd)
+        self._device, self._ledger = held.device, held.ledger
         self._daemon: subprocess.Popen[bytes] | None = None
         self._stopping = False
         self._wake, self._woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -71,7 +83,8 @@ class Holder:
         """Run daemons until the tree is unmounted; return the exit code.
 
         Args:
-            ready: a descriptor that the first daemon gets as ``--ready-fd``; closed here.
+            ready: a descriptor that the first daemon gets as ``--ready-fd``; closed here. Without it the
+                service manager is told when a daemon serves.
 
         """
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -84,6 +97,8 @@ class Holder:
             if code == 0 or not self._is_mounted():
                 return code
             if self._stopping:
+                if self._kept:
+                    return 0
                 self._unmount()
                 return code
             if code == LEFT:
@@ -102,14 +117,20 @@ class Holder:
                     how,
                     REST_SECONDS,
                 )
-                with posted(*self._notice(quick, how)) as notice:
+                record, body = self._notice(quick, how)
+                service.tell(f"STATUS={body['error']}")
+                with posted(record, body) as notice:
                     self._refuse(REST_SECONDS, notice)
                 quick = 0
 
     def _serve(self, ready: int | None) -> int:
         """Run one daemon; return its exit code, negative for a signal."""
         words = [*self._command, "--device-fd", str(self._device), "--ledger-fd", str(self._ledger)]
+        words += ["--kept"] * self._kept
         handed = [self._device, self._ledger]
+        answers = None
+        if ready is None and service.is_there():
+            answers, ready = os.pipe()
         if ready is not None:
             words += ["--ready-fd", str(ready)]
             handed.append(ready)
@@ -125,11 +146,25 @@ class Holder:
             log.error("the daemon ended before it had read its settings")
         if self._stopping:
             self._daemon.terminate()
+        if answers is not None:
+            self._announce(answers, self._daemon.pid)
         return self._daemon.wait()
+
+    def _announce(self, answers: int, pid: int) -> None:
+        """Tell the service manager once the daemon says on `answers` that it serves; it may end before."""
+        with os.fdopen(answers) as pipe:
+            said = json.loads(pipe.readline() or "{}")
+        if not said.get("ok"):
+            return
+        if self._kept and self._is_mounted():
+            service.keep(_DEVICE, self._device)
+            service.keep(_LEDGER, self._ledger)
+        service.tell("READY=1", f"STATUS={self._mountpoint} is served by process {pid}")
 
     def _stop(self, number: int, frame: object) -> None:
         """Pass a signal to end on to the daemon."""
         self._stopping = True
+        service.tell("STOPPING=1")
         os.write(self._woken, b"x")
         if self._daemon is not None and self._daemon.returncode is None:
             self._daemon.terminate()
@@ -138,13 +173,7 @@ class Holder:
         return head(self._ledger).incarnation
 
     def _is_mounted(self) -> bool:
-        """Return whether there is a mount that another daemon can take over."""
-        terms = head(self._ledger)
-        if not terms.incarnation or not terms.flags & wire.Init.HAS_RESEND:
-            return False
-        poll = select.poll()
-        poll.register(self._device, 0)
-        return not poll.poll(0)  # POLLERR: the connection has ended
+        return _is_mounted(self._device, self._ledger)
 
     def _pause(self, seconds: float) -> None:
         select.select([self._wake], [], [], seconds)
@@ -186,8 +215,38 @@ class Holder:
 
     def _unmount(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.umount2(os.fsencode(self._mountpoint), _MNT_DETACH):
+        if libc.umount2(os.fsencode(self._mountpoint), mountpoints.MNT_DETACH):
             log.error("%s could not be unmounted: %s", self._mountpoint, os.strerror(ctypes.get_errno()))
+
+
+def _is_mounted(device: int, ledger: int) -> bool:
+    """Return whether there is a mount that another daemon can take over."""
+    terms = head(ledger)
+    if not terms.incarnation or not terms.flags & wire.Init.HAS_RESEND:
+        return False
+    poll = select.poll()
+    poll.register(device, 0)
+    return not poll.poll(0)  # POLLERR: the connection has ended
+
+
+def left_behind(mountpoint: Path) -> Held | None:
+    """Return what the service manager kept of the mount on `mountpoint`; None if there is nothing to serve.
+
+    What is of no use is dropped.
+    """
+    kept = service.kept()
+    if not kept:
+        return None
+    mount = mountpoints.mount_at(mountpoint)
+    try:
+        held = Held(kept[_DEVICE], kept[_LEDGER])
+        if mount is not None and mount.ours and _is_mounted(held.device, held.ledger):
+            return held
+        log.warning("what the service manager kept is no mount on %s any more", mountpoint)
+    except (KeyError, ValueError) as error:
+        log.warning("what the service manager kept is of no use: %s", error)
+    service.drop()
+    return None
 
 
 def _clock(seconds: float) -> str:
@@ -198,15 +257,21 @@ _WITHOUT_REPLY = (wire.Opcode.FORGET, wire.Opcode.BATCH_FORGET, wire.Opcode.INTE
 
 
 def main() -> None:
-    """Be the holder that ``modelfs mount`` started: ``python -m modelfs.holder MOUNTPOINT READY_FD``."""
-    mountpoint, ready = Path(sys.argv[1]), int(sys.argv[2])
-    os.set_inheritable(ready, False)
+    """Be the holder that ``modelfs mount`` started: ``python -m modelfs.holder MOUNTPOINT [READY_FD]``.
+
+    Without READY_FD it is the main process of a service.
+    """
+    mountpoint, ready = Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else None
+    held = left_behind(mountpoint) if ready is None else None
+    for fd in (ready, *((held.device, held.ledger) if held else ())):
+        if fd is not None:
+            os.set_inheritable(fd, False)
     line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(format=line, level=logging.INFO)
     os.chdir("/")  # keep no directory busy
     settings = sys.stdin.buffer.read()
     command = [sys.executable, "-P", "-m", "modelfs", "daemon"]
-    raise SystemExit(min(255, abs(Holder(mountpoint, settings, command).run(ready))))
+    raise SystemExit(min(255, abs(Holder(mountpoint, settings, command, held).run(ready))))
 
 
 if __name__ == "__main__":

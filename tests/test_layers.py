@@ -13,7 +13,7 @@ ROOT = Path(modelfs.__file__).parent
 LAYERS: list[set[str]] = [
     {"cli"},
     {"daemon", "holder"},
-    {"control"},
+    {"control", "service"},
     {"config"},
     {"fuse"},
     {"catalog"},

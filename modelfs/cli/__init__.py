@@ -16,10 +16,11 @@ from typing import Annotated, Any, NoReturn
 import trio
 import typer
 
-from modelfs import __version__, config, control
+from modelfs import __version__, config, control, holder
 from modelfs.cli import launch, show
 from modelfs.errors import CacheError, ConfigError, ModelfsError, MountError, NotFound, StoreError
 from modelfs.fuse import mountpoint
+from modelfs.fuse.ledger import Held
 from modelfs.stores import open_store, redact
 from modelfs.types import Entry, Snapshot
 
@@ -156,7 +157,8 @@ def mount(
     owner = control.find(path)
     if owner is not None and mountpoint.mount_at(path) is not None:
         raise MountError(f"{path} is already mounted, by pid {owner.pid}: modelfs umount {path} first")
-    mountpoint.prepare(path, allow_other=settings.allow_other)
+    if not (foreground and holder.left_behind(path)):
+        mountpoint.prepare(path, allow_other=settings.allow_other)
     if foreground:
         launch.foreground(settings)
         return
@@ -179,9 +181,10 @@ def _daemon(
     ready_fd: Annotated[int | None, typer.Option()] = None,
     device_fd: Annotated[int | None, typer.Option()] = None,
     ledger_fd: Annotated[int | None, typer.Option()] = None,
+    kept: Annotated[bool, typer.Option("--kept")] = False,
 ) -> None:
     """Be the daemon of a mount in the background; started by modelfs mount, not by people."""
-    held = None if device_fd is None or ledger_fd is None else (device_fd, ledger_fd)
+    held = None if device_fd is None or ledger_fd is None else Held(device_fd, ledger_fd, kept)
     launch.serve_background(ready_fd, held)
 
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn, cast
 
 import modelfs
-from modelfs import control, holder
+from modelfs import control, holder, service
 from modelfs.config import Settings
 from modelfs.errors import ModelfsError, MountError
 from modelfs.fuse import mountpoint
@@ -79,20 +79,40 @@ def log_to(file: Path | None, level: str) -> None:
 def foreground(settings: Settings) -> None:
     """Run the daemon in this process until it is unmounted or told to end.
 
+    As the main process of a service it becomes the holder, if one can keep the mount.
+
     Raises:
         ModelfsError: as `daemon.run`, or another modelfs mounts there.
 
     """
     if settings.log_file is not None:
         _open_log(settings.log_file).close()
+    if service.is_there() and _is_held(settings):
+        _become_holder(settings)
     log_to(settings.log_file, settings.log_level)
     with _claim(settings.mountpoint) as claim:
 
         def ready() -> None:
             claim.close()
+            service.tell("READY=1")
             log.info("ready: %s", settings.mountpoint)
 
         _run_daemon(settings, ready, None)
+
+
+def _become_holder(settings: Settings) -> NoReturn:
+    """Replace this process by a holder, which keeps its id: the service manager knows us by it."""
+    memory = os.memfd_create("modelfs settings")  # they may hold secrets, so no command line sees them
+    with os.fdopen(os.dup(memory), "wb") as file:
+        file.write(json.dumps(settings.to_json()).encode())
+    os.lseek(memory, 0, os.SEEK_SET)
+    os.dup2(memory, 0)
+    if settings.log_file is not None:
+        with _open_log(settings.log_file) as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+    command = [sys.executable, "-P", "-m", "modelfs.holder", str(settings.mountpoint)]
+    os.execve(sys.executable, command, _environment())  # noqa: S606  # our own words
 
 
 def _run_daemon(settings: Settings, ready: Callable[[], None], held: Held | None) -> None:
@@ -242,16 +262,16 @@ def _abandon(process: subprocess.Popen[bytes], path: Path) -> None:
         mountpoint.detach(path, lazy=True)
 
 
-def serve_background(ready_fd: int | None, held: tuple[int, int] | None) -> None:
+def serve_background(ready_fd: int | None, held: Held | None) -> None:
     """Be the daemon that `background` or the holder started, with the settings on standard input.
 
     Args:
         ready_fd: where one line of JSON says that the mount answers or why not.
-        held: the descriptors of the device and the ledger.
+        held: what the holder keeps.
 
     """
     settings = Settings.from_json(json.load(sys.stdin))
-    for fd in (ready_fd, *(held or ())):
+    for fd in (ready_fd, *((held.device, held.ledger) if held else ())):
         if fd is not None:
             os.set_inheritable(fd, False)
     os.chdir("/")  # keep no directory busy
@@ -264,7 +284,7 @@ def serve_background(ready_fd: int | None, held: tuple[int, int] | None) -> None
             pipe.write(json.dumps(answer) + "\n")
 
     try:
-        _run_daemon(settings, lambda: tell({"ok": True}), Held(*held) if held else None)
+        _run_daemon(settings, lambda: tell({"ok": True}), held)
     except Exception as error:
         known = isinstance(error, ModelfsError)
         log.error("%s", error, exc_info=None if known else error)

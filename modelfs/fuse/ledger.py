@@ -147,10 +147,14 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a holder keeps for the daemon and its successors: descriptors of the device and the ledger."""
+    """What a holder keeps for the daemon and its successors: descriptors of the device and the ledger.
+
+    If they are `kept` by a service manager too, the mount outlives the holder.
+    """
 
     device: int
     ledger: int
+    kept: bool = False
 
     @property
     def mounted(self) -> bool:
