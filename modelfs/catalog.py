@@ -15,12 +15,13 @@ import trio
 
 from modelfs import __version__
 from modelfs.cache import Cache
-from modelfs.errors import NotFound, StoreError
+from modelfs.errors import NotFound, NotLocked, StoreError
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.planner import following
 from modelfs.fetch.reader import Reader
 from modelfs.fetch.scrub import Subject, subjects_in
 from modelfs.fetch.source import Source, retrying
+from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
 from modelfs.stores import Options, open_store
 from modelfs.tree import METADATA, Change, Directory, File, Node, Text, Tree, grow, inode, leaf, metadata
@@ -122,6 +123,7 @@ class Catalog:
         metrics: what is counted.
         options_for: the configured options for a store URL.
         changed: called in the trio thread with the names that the kernel must look up anew.
+        lock: what every model must be; None if they may be anything.
 
     """
 
@@ -133,6 +135,7 @@ class Catalog:
         metrics: Metrics,
         options_for: Callable[[str], Options],
         changed: Callable[[list[Change]], None],
+        lock: Lock | None = None,
     ) -> None:
         self.tree = tree
         self.models: dict[str, Model] = {}
@@ -141,6 +144,7 @@ class Catalog:
         self._metrics = metrics
         self._options_for = options_for
         self._changed = changed
+        self._lock = lock
         self._absent: dict[tuple[int, str], float] = {}
         self._resolving: dict[tuple[int, str], trio.Lock] = {}
         self._slots = trio.CapacityLimiter(PARALLEL)
@@ -270,6 +274,8 @@ class Catalog:
             store = model.source.store
             snapshot = await retrying(store.snapshot, trio.current_time() + seconds)
             self._metrics.resolutions.labels(model.source.scheme).inc()
+            if self._lock is not None:
+                snapshot = self._lock.hold(model.name, snapshot)
             known = model.snapshot
             model.why, model.state, model.offline = None, "ready", False
             model.resolved_at = time.time()
@@ -338,8 +344,11 @@ class Catalog:
         if saved is None:
             return None
         try:
-            return Snapshot.from_json(saved["snapshot"]), float(saved["resolved_at"])
-        except (ValueError, KeyError, TypeError) as error:
+            snapshot = Snapshot.from_json(saved["snapshot"])
+            if self._lock is not None:
+                snapshot = self._lock.hold(model.name, snapshot)
+            return snapshot, float(saved["resolved_at"])
+        except (ValueError, KeyError, TypeError, NotLocked) as error:
             log.warning("%s: the snapshot on disk cannot be used: %s", model.name, error)
             return None
 

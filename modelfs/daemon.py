@@ -18,7 +18,7 @@ from modelfs.cache import Cache
 from modelfs.catalog import Catalog
 from modelfs.config import Settings, options_for
 from modelfs.control.app import Tell, Work, serve
-from modelfs.errors import ModelfsError, MountError
+from modelfs.errors import MountError, unwrapped
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.scrub import Scrubber, Subject, verify
@@ -27,6 +27,7 @@ from modelfs.fuse.ledger import Held
 from modelfs.fuse.operations import Operations
 from modelfs.fuse.transport import Transport, connect
 from modelfs.fuse.tuning import tune
+from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
 from modelfs.tree import Change, Tree
 
@@ -55,17 +56,7 @@ def run(settings: Settings, *, ready: Callable[[], None], held: Held | None = No
     try:
         return trio.run(partial(_main, settings, ready, held), strict_exception_groups=True)
     except BaseExceptionGroup as group:
-        if group.subgroup(KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        known = group.subgroup(ModelfsError)
-        if known is None:
-            raise
-        raise _first(known) from None
-
-
-def _first(group: BaseExceptionGroup[ModelfsError]) -> ModelfsError:
-    inner = group.exceptions[0]
-    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+        raise unwrapped(group) from None
 
 
 async def _main(settings: Settings, ready: Callable[[], None], held: Held | None) -> bool:
@@ -145,6 +136,7 @@ class Daemon:
             metrics,
             partial(options_for, store_options=settings.store_options),
             self._invalidate,
+            Lock.read(settings.lock) if settings.locked else None,
         )
 
     def _invalidate(self, changes: list[Change]) -> None:
@@ -282,6 +274,7 @@ class Daemon:
                 "passthrough": self._transport is not None and self._transport.passthrough,
                 "why": self._why,
             },
+            "lock": str(settings.lock) if settings.locked else None,
             "config": str(settings.source_file) if settings.source_file else None,
             "log": str(settings.log_file) if settings.log_file else None,
             "models": [self._catalog.report(model) for model in self._catalog.models.values()],

@@ -11,6 +11,7 @@
     └── StoreError                  EIO
         ├── NotFound                ENOENT        the store has no such thing
         ├── AccessDenied            EACCES        credentials missing, wrong or not sufficient
+        ├── NotLocked               EACCES        not what modelfs.lock says
         ├── Stale                   ESTALE        the store no longer has these very bytes
         ├── Expired                 EIO  retry    the location's signature ran out: locate again
         ├── Unavailable             EIO  retry    network, time-out, 429, 5xx
@@ -83,6 +84,12 @@ class AccessDenied(StoreError):
     errno = _errno.EACCES
 
 
+class NotLocked(StoreError):
+    """The store has something else than modelfs.lock says."""
+
+    errno = _errno.EACCES
+
+
 class Stale(StoreError):
     """The store no longer has the bytes of the version that was pinned."""
 
@@ -118,3 +125,13 @@ class BadAnswer(StoreError):
 
 class Corrupt(StoreError):
     """The bytes that arrived are not those whose digest the store published."""
+
+
+def unwrapped(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return what the exceptions of a nursery come down to: Ctrl-C, the first ModelfsError, or all."""
+    if group.subgroup(KeyboardInterrupt):
+        return KeyboardInterrupt()
+    found: BaseException = group.subgroup(ModelfsError) or group
+    while found is not group and isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

@@ -120,6 +120,8 @@ EXAMPLES: Mapping[str, tuple[str, Any]] = {
     "scrub": ("5MiB/s", 5 * 1024**2),
     "keep_going": ("true", True),
     "connections": ("3", 3),
+    "locked": ("true", True),
+    "lock": ("/k", Path("/k")),
     "log_level": ("warning", "warning"),
     "log_file": ("/l", Path("/l")),
 }
@@ -157,6 +159,9 @@ def test_a_relative_path_in_a_file_starts_where_the_file_is(world: Path) -> None
     (world / "sub").mkdir()
     (world / "sub/f.yaml").write_text(MODEL + "cache: {dir: ../cache}\nlog_file: log\n")
     settings = loaded(config_file=Path("sub/f.yaml"), flags={"log_file": "here"})
+    assert settings.lock == world / "sub/modelfs.lock"
+    assert loaded(MODEL, flags={"lock": "mine"}).lock == world / "mine"
+    assert load(mountpoint=None, env={}).lock == world / "modelfs.lock"
     assert settings.cache.directory == world / "cache"
     assert settings.log_file == world / "here"
 

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"fuse"},
     {"catalog"},
-    {"tree"},
+    {"tree", "lockfile"},
     {"views"},
     {"fetch"},
     {"cache", "stores"},

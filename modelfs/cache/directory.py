@@ -10,6 +10,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -200,6 +201,34 @@ class Cache:
                 self._remove(key, stem)
         if item is not None:
             item.discard()
+
+    def rename(self, key: str, new: str) -> None:
+        """File the object `key` under the name `new`; does nothing if either is open or `new` is there.
+
+        Raises:
+            CacheError: its files cannot be moved.
+
+        """
+        stem, goal = self._stem(key), self._stem(new)
+        guards = {id(guard): guard for guard in (self._guard(key), self._guard(new))}
+        with ExitStack() as held:
+            for guard in sorted(guards.values(), key=self._guards.index):
+                held.enter_context(guard)
+            self._check_open()
+            row = self.index.get(key)
+            if row is None or self.index.get(new) or self._open.keys() & {key, new}:
+                return
+            try:
+                goal.parent.mkdir(mode=0o700, exist_ok=True)
+                for suffix in (".data", ".table"):  # data without a table is nothing
+                    stem.with_suffix(suffix).rename(goal.with_suffix(suffix))
+            except OSError as error:
+                self.metrics.cache_errors.inc()
+                raise disk.failure("rename an object", stem, error) from error
+            self.index.forget(key)
+            self.index.put(
+                new, size=row.size, present=row.present, allocated=row.allocated, trusted=row.trusted
+            )
 
     def _remove(self, key: str, stem: Path) -> int:
         try:

@@ -133,6 +133,13 @@ def mount(
         bool | None,
         typer.Option("--keep-going/--no-keep-going", help="Mount although some models cannot be resolved."),
     ] = None,
+    locked: Annotated[
+        bool | None,
+        typer.Option("--locked/--no-locked", help="Refuse models that are not what the lock says."),
+    ] = None,
+    lock_file: Annotated[
+        str | None, typer.Option("--lock", metavar="FILE", help="The lock; by default modelfs.lock.")
+    ] = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay, log to standard error, unmount on Ctrl-C or SIGTERM.")
     ] = False,
@@ -150,6 +157,8 @@ def mount(
         "allow_other": allow_other,
         "refresh": refresh,
         "keep_going": keep_going,
+        "locked": locked,
+        "lock": lock_file,
         "log_file": log_file,
         "log_level": log_level,
     }
@@ -296,6 +305,51 @@ def _only_mount() -> Path:
     if len(places) > 1:
         raise MountError(f"name one of your mounts with --mountpoint: {', '.join(map(str, places))}")
     return places[0]
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  modelfs lock                                   writes modelfs.lock beside modelfs.yaml
+  modelfs lock --source finbert=hf://ProsusAI/finbert --output finbert.lock
+  modelfs mount /models --locked                 refuses anything else"""
+)
+def lock(
+    config_file: ConfigFile = None,
+    source: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=URL", help="A model to lock, besides those of the file.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="By default modelfs.lock beside the configuration."
+        ),
+    ] = None,
+    download: Annotated[
+        bool,
+        typer.Option(
+            "--download/--no-download",
+            help="Fetch files without a published SHA-256 to compute it; without, they are pinned by the "
+            "digest or version that their store does publish.",
+        ),
+    ] = True,
+    cache_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where what is fetched stays; no mount may use it now.")
+    ] = None,
+) -> None:
+    """Write the size and digest of every file of every configured model to a lock, for mount --locked.
+
+    Files with a published SHA-256 or SHA-512 are not fetched. All others are, through the cache, because
+    other digests (MD5, SHA-1, CRC) only find accidents.
+    """
+    from modelfs.cli import direct  # the cache and more: other commands do not pay for it
+
+    flags = {"lock": output, "cache.dir": cache_dir}
+    settings = config.load(mountpoint=None, config_file=config_file, flags=flags, sources=source or ())
+    with show.progress("fetching") as progress:
+        made = direct.lock(settings, progress, download=download)
+    made.write()
+    print(show.locked(made))
 
 
 @app.command()

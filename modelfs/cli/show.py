@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from modelfs.lockfile import Lock
 from modelfs.types import Entry, Snapshot
 
 STATE_STYLES = {"ready": "green", "resolving": "yellow", "unavailable": "red"}
@@ -71,6 +72,8 @@ def status(out: Console, data: Mapping[str, Any], now: float | None = None) -> N
     out.print(f"  transport  {transport['name']}: {transport['why']}")
     if data["config"]:
         out.print(f"  config     {printable(data['config'])}")
+    if data.get("lock"):
+        out.print(f"  lock       {printable(data['lock'])}: nothing else is shown")
     if data["log"]:
         out.print(f"  log        {printable(data['log'])}")
     unclean = ", checking blocks after an unclean stop" if cache["unclean_start"] else ""
@@ -175,6 +178,15 @@ def verified(out: Console, answer: Mapping[str, Any]) -> None:
     for bad in answer["bad"]:
         for fault in bad["faults"]:
             out.print(f"{printable(bad['name'])}: {printable(fault)}")
+
+
+def locked(lock: Lock) -> str:
+    """Return the one line that says what a new lock holds."""
+    files = [pinned for model in lock.models.values() for pinned in model.files.values()]
+    weak = sum(not pinned.target and not pinned.strong for pinned in files)
+    but = f"; {_counted(weak, 'file')} without a SHA-256" if weak else ""
+    models, all_files = _counted(len(lock.models), "model"), _counted(len(files), "file")
+    return f"locked {models}, {all_files}{but}: {printable(str(lock.path))}"
 
 
 def mounted(data: Mapping[str, Any]) -> str:

@@ -73,6 +73,9 @@ NAMESPACES: Mapping[str, str] = {"hf": "hf://org/name", "s3": "s3://bucket/"}
 RESERVED = frozenset({*NAMESPACES, "github", "oci", "model-metadata.yaml"})
 """First components that a model's name must not have: the tree uses or will use them itself."""
 
+LOCK = "modelfs.lock"
+"""Name of the lock file of whoever does not choose one, beside the configuration file."""
+
 StoreOptions = Mapping[str, Mapping[str, Any]]
 """URL prefix → options of the stores under it."""
 
@@ -130,6 +133,8 @@ class Settings:
         scrub: bytes per second at which the cache is read again in the background; 0 = never.
         keep_going: mount although models that are not optional cannot be resolved.
         connections: how many requests to stores run at once.
+        locked: models must be what the lock says.
+        lock: the lock file.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
         log_file: where the daemon's log goes; None = standard error.
         source_file: the configuration file that was read, if any.
@@ -148,6 +153,8 @@ class Settings:
     scrub: int
     keep_going: bool
     connections: int
+    locked: bool
+    lock: Path
     log_level: str
     log_file: Path | None
     source_file: Path | None
@@ -156,7 +163,7 @@ class Settings:
         """Return a form for the daemon's process, secrets included; `from_json` reverses it."""
         data = asdict(self)
         data["cache"]["directory"] = str(self.cache.directory)
-        for name in ("mountpoint", "log_file", "source_file"):
+        for name in _PATHS:
             data[name] = None if data[name] is None else str(data[name])
         return data
 
@@ -165,10 +172,7 @@ class Settings:
         """Return the settings that `to_json` wrote."""
         cache = CacheSettings(**{**data["cache"], "directory": Path(data["cache"]["directory"])})
         models = tuple(ModelSettings(**{**m, "sources": tuple(m["sources"])}) for m in data["models"])
-        paths = {
-            name: None if data[name] is None else Path(data[name])
-            for name in ("mountpoint", "log_file", "source_file")
-        }
+        paths = {name: None if data[name] is None else Path(data[name]) for name in _PATHS}
         given = {"cache": cache, "models": models, "namespaces": tuple(data["namespaces"])}
         return cls(**{**data, **given, **paths})
 
@@ -213,9 +217,12 @@ KEYS: tuple[Key, ...] = (
     Key("scrub", parse_rate, 20 * 1024**2, "how fast the cache is read again to find bad blocks, or off"),
     Key("keep_going", parse_boolean, False, "mount although some models cannot be resolved"),
     Key("connections", parse_connections, 16, "requests to stores at once"),
+    Key("locked", parse_boolean, False, "refuse models that are not what the lock says"),
+    Key("lock", parse_path, None, "the lock that modelfs lock writes"),
     Key("log_level", choice("debug", "info", "warning", "error"), "info", "how much is logged"),
     Key("log_file", parse_path, None, "file of the daemon's log"),
 )
+_PATHS = ("mountpoint", "lock", "log_file", "source_file")
 _BY_NAME = {key.name: key for key in KEYS}
 _SECTIONS = {key.name.partition(".")[0] for key in KEYS if "." in key.name}
 
@@ -269,6 +276,8 @@ def load(
         if isinstance(values[name], Path):
             values[name] = _absolute(base / values[name])
 
+    if values["lock"] is None:
+        values["lock"] = _absolute(folder / LOCK)
     stores = _stores(document)
     models = _models(document, sources, stores)
     namespaces = values["namespaces"]

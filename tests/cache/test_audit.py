@@ -195,6 +195,23 @@ def test_a_discard_in_the_middle_ends_it(cache: Cache) -> None:
     assert audit.faults == []
 
 
+def test_a_renamed_object_is_the_same_under_another_name(cache: Cache) -> None:
+    data = content(BLOCK + 3)
+    keep(cache, "k", data)
+    used = cache.used()
+    cache.rename("k", "other")
+    assert (cache.contents(), cache.used()) == ([("other", len(data))], used)
+    with closing(cache.object("other", len(data))) as item:
+        assert whole(item) == data
+        cache.rename("other", "third")  # it is open
+        keep(cache, "k", content(5))
+        cache.rename("k", "other")  # there is one
+        assert whole(item) == data
+    assert dict(cache.contents()) == {"other": len(data), "k": 5}
+    cache.rename("none", "more")
+    assert cache.audit("more") is None
+
+
 def test_reading_afresh_sees_the_disk_and_leaves_no_pages(tmp_path: Path) -> None:
     data = content(3 * disk.CHUNK + 77)
     file = tmp_path / "file"

@@ -160,3 +160,57 @@ def test_an_unmounted_cache_is_verified_offline(place: Path, origin: Origin) -> 
 
 def _size() -> str:
     return f"{(len(CONTENT) + len(CONFIG)) / 1024**2:.1f} MiB"
+
+
+# -- a lock
+
+
+def test_a_locked_mount_shows_what_is_locked_and_nothing_else(
+    place: Path, transport: str, origin: Origin
+) -> None:
+    config = f'models: {{m: "{origin.url}"}}\n'
+    (place / "modelfs.yaml").write_text(config)
+    lock = place / "modelfs.lock"
+    words = ("--config", str(place / "modelfs.yaml"), "--cache-dir", str(place / "cache"))
+    assert modelfs("lock", *words).stdout == f"locked 1 model, 2 files: {lock}\n"
+    origin.log.clear()
+    with mounted(place, "--locked", config=config, env=alone(place), transport=transport) as mount:
+        assert read(mount) == CONTENT
+        assert read(mount, "config.json") == CONFIG
+        assert {path for _, path, _ in origin.contents()} == {"weights.bin"}  # the other was fetched before
+        assert mount.status()["lock"] == str(lock)
+        # The store has something else from now on.
+        origin.files["config.json"] = b'{"hidden": 2}'
+        mount.cli("refresh", str(mount.path))
+        mount.drop_pages()
+        assert read(mount, "config.json") == CONFIG
+        (model,) = mount.status()["models"]
+        assert model["state"] == "ready"
+        assert "modelfs lock accepts it" not in (model["why"] or "")  # same size: known when bytes arrive
+        origin.files["config.json"] = b"{}"
+        mount.cli("refresh", str(mount.path))
+        (model,) = mount.status()["models"]
+        assert model["why"].startswith("config.json: expected 13 bytes, found 2 bytes: ")
+        assert read(mount, "config.json") == CONFIG
+    refused = mount.cli(*mount.words, f"--cache-dir={place}/other", check=False)
+    assert refused.returncode == 6
+    assert refused.stderr.startswith("modelfs: model m: config.json: expected 13 bytes, found 2 bytes: ")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_bytes_are_compared_with_the_digest_of_the_lock(place: Path, origin: Origin) -> None:
+    config = f'models: {{m: "{origin.url}"}}\n'
+    (place / "modelfs.yaml").write_text(config)
+    words = ("--config", str(place / "modelfs.yaml"), "--cache-dir", str(place / "cache"))
+    modelfs("lock", *words)
+    origin.files["config.json"] = CONFIG[::-1]  # of the same size, and without a published digest
+    with mounted(
+        place, "--locked", config=config, env=alone(place), cache=place / "other", transport="pyfuse3"
+    ) as mount:
+        mount.allowed_errors.append("do not have the published digest")
+        found = mount.run("cat", f"{mount.path}/m/config.json", check=False)
+        assert (found.returncode, found.stdout) == (1, "")
+        assert "Input/output error" in found.stderr
+        assert read(mount) == CONTENT
+        listing = mount.run("ls", f"{mount.path}/m", check=False)
+        assert listing.stdout.split() == ["config.json", "weights.bin"]
