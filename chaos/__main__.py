@@ -61,7 +61,7 @@ def report(plan: Plan, outcome: Outcome) -> str:
         "reads": f"{outcome.reads}, {size(outcome.bytes)}",
         "kills": f"{outcome.kills} × SIGKILL",
         "hand-overs": outcome.handovers,
-        "origin": f"{outcome.requests} requests, {size(outcome.fetched_bytes)} sent",
+        "origin": f"{outcome.requests} requests, {size(outcome.asked_bytes)} asked for",
         "faults": f"{sum(outcome.faults.values())} ({faults})",
         "wrong bytes": outcome.wrong_bytes,
         "errors": len(outcome.errors),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -21,6 +20,8 @@ from typing import IO, Any, cast
 from modelfs.control import ControlClient
 from modelfs.errors import MountError
 from modelfs.holder import QUICK_SECONDS
+from modelfs.testing.faults import FaultProxy, storm
+from modelfs.testing.server import Server
 
 MIB = 1 << 20
 
@@ -42,6 +43,16 @@ QUICK_IN_A_ROW = 2
 
 END_SECONDS = 120.0
 """How long a reader may take to end once it is told to; one that takes longer is stuck."""
+
+FAULTS = (
+    *("reset", "reset-in-body", "closed", "truncated", "silence", "silence-in-body", "trickle", "no-http"),
+    *("status-429", "status-500", "status-503", "wrong-range", "wrong-total", "malformed-range"),
+    *("extra-bytes", "longer-body", "range-ignored", "part-as-whole"),
+)
+"""How the origin fails, of `modelfs.testing.faults.FAULTS`: all that another attempt can help against."""
+
+FAULT_SECONDS = 1.0
+"""How long a silence or a trickle lasts, and what ``Retry-After`` asks for."""
 
 EXPECTED = re.compile(r"the next one takes the mount over|ended before it had read its settings")
 """Errors in the log that a kill explains."""
@@ -83,9 +94,9 @@ class Outcome:
         left_in_d: readers that do not end, in state D of proc_pid_stat(5).
         kills: daemons that were killed.
         handovers: daemons that took the mount over; one that is killed before is none.
-        requests: that the origin answered.
-        fetched_bytes: that it sent; more than the files have, because the cache is too small for them.
-        faults: kind → how often the origin failed.
+        requests: that reached the origin.
+        asked_bytes: that they asked for; more than the files have, because the cache is too small for them.
+        faults: kind → how many answers were broken so.
         log: unexpected errors in the log.
 
     """
@@ -100,7 +111,7 @@ class Outcome:
     kills: int = 0
     handovers: int = 0
     requests: int = 0
-    fetched_bytes: int = 0
+    asked_bytes: int = 0
     faults: dict[str, int] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 
@@ -108,40 +119,6 @@ class Outcome:
     def good(self) -> bool:
         """Whether no reader saw anything but a pause."""
         return self.reads > 0 and not (self.wrong_bytes or self.errors or self.left_in_d or self.log)
-
-
-class Origin:
-    """The origin's process; a context manager that ends it."""
-
-    def __init__(self, directory: Path, seed: int) -> None:
-        self._process = _start("chaos.origin", directory, seed)
-        self.url = f"http://127.0.0.1:{self._said()}/"
-
-    def _said(self) -> Any:
-        return json.loads(cast(IO[str], self._process.stdout).readline())
-
-    def tell(self, line: str) -> Any:
-        """Tell it something; return what it answers."""
-        pipe = cast(IO[str], self._process.stdin)
-        pipe.write(f"{line}\n")
-        pipe.flush()
-        return self._said()
-
-    def __enter__(self) -> Origin:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.communicate()
-
-
-def _start(module: str, *words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, words)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE if module == "chaos.reader" else None,
-        text=True,
-    )
 
 
 class Mount:
@@ -253,9 +230,10 @@ def run(plan: Plan) -> Outcome:
         originals.mkdir()
         for name, size in SIZES.items():
             (originals / name).write_bytes(chance.randbytes(size))
-        origin = stack.enter_context(Origin(originals, plan.seed))
-        mount = stack.enter_context(Mount(directory, origin.url, plan.cache))
-        origin.tell(f"faults {plan.faults}")
+        server = stack.enter_context(Server("chaos.origin:directory", str(originals)))
+        proxy = stack.enter_context(FaultProxy(server.url))
+        mount = stack.enter_context(Mount(directory, f"{proxy.url}/", plan.cache))
+        proxy.follow(storm(plan.seed, FAULTS, rate=plan.faults, seconds=FAULT_SECONDS))
         began = time.monotonic()
         until = began + (plan.seconds or 86400.0)
         with _readers(plan, mount.path / "m", originals, outcome):
@@ -267,20 +245,31 @@ def run(plan: Plan) -> Outcome:
         status = _await(mount.status, time.monotonic() + END_SECONDS)
         outcome.handovers = status["handovers"] if status else 0
         outcome.log = mount.unexpected()
-        told = origin.tell("count")
-        outcome.requests, outcome.fetched_bytes, outcome.faults = (
-            told["requests"],
-            told["bytes"],
-            told["faults"],
-        )
+        outcome.requests, outcome.faults = len(proxy.asked), dict(proxy.injected.most_common())
+        outcome.asked_bytes = sum(_length(asked.range) for asked in proxy.asked)
     return outcome
+
+
+def _length(value: str) -> int:
+    """Return how many bytes a ``Range`` header asks for; 0 for none."""
+    match = re.fullmatch(r"bytes=(\d+)-(\d+)", value)
+    return int(match[2]) + 1 - int(match[1]) if match else 0
 
 
 @contextlib.contextmanager
 def _readers(plan: Plan, model: Path, originals: Path, outcome: Outcome) -> Iterator[None]:
     """Let readers read meanwhile; add what they found to `outcome` in the end."""
-    seeds = itertools.count(plan.seed * 1000)
-    readers = [_start("chaos.reader", model, originals, next(seeds)) for _ in range(plan.readers)]
+    command = [sys.executable, "-m", "chaos.reader", str(model), str(originals)]
+    readers = [
+        subprocess.Popen(
+            [*command, str(plan.seed * 1000 + number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(plan.readers)
+    ]
     try:
         yield
     finally:
