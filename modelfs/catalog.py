@@ -23,9 +23,10 @@ from modelfs.fetch.scrub import Subject, subjects_in
 from modelfs.fetch.source import Source, retrying
 from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
+from modelfs.screen import Screen
 from modelfs.stores import Options, open_store
 from modelfs.tree import METADATA, Change, Directory, File, Node, Text, Tree, grow, inode, leaf, metadata
-from modelfs.types import Entry, Snapshot
+from modelfs.types import Entry, PicklePolicy, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Model:
         resolved_at: when `snapshot` was resolved, seconds since the epoch.
         offline: whether `snapshot` came from disk and the store has not confirmed it since.
         on_demand: whether it was found in an on-demand namespace.
+        pickles: what becomes of suspicious ones.
 
     """
 
@@ -78,6 +80,7 @@ class Model:
     resolved_at: float | None = None
     offline: bool = False
     on_demand: bool = False
+    pickles: PicklePolicy = "allow"
     lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -124,6 +127,7 @@ class Catalog:
         options_for: the configured options for a store URL.
         changed: called in the trio thread with the names that the kernel must look up anew.
         lock: what every model must be; None if they may be anything.
+        pickles: what becomes of suspicious pickles in models that are found on demand.
 
     """
 
@@ -136,6 +140,7 @@ class Catalog:
         options_for: Callable[[str], Options],
         changed: Callable[[list[Change]], None],
         lock: Lock | None = None,
+        pickles: PicklePolicy = "allow",
     ) -> None:
         self.tree = tree
         self.models: dict[str, Model] = {}
@@ -145,6 +150,8 @@ class Catalog:
         self._options_for = options_for
         self._changed = changed
         self._lock = lock
+        self._pickles = pickles
+        self._screen = Screen(cache, fetcher)
         self._absent: dict[tuple[int, str], float] = {}
         self._resolving: dict[tuple[int, str], trio.Lock] = {}
         self._slots = trio.CapacityLimiter(PARALLEL)
@@ -152,7 +159,14 @@ class Catalog:
     # -- models ----------------------------------------------------------------------------------------
 
     def add(
-        self, name: str, url: str, options: Options, *, optional: bool = False, pinned: bool = False
+        self,
+        name: str,
+        url: str,
+        options: Options,
+        *,
+        optional: bool = False,
+        pinned: bool = False,
+        pickles: PicklePolicy | None = None,
     ) -> Model:
         """Add a model that is still to be resolved; what is cached of a `pinned` one is not evicted.
 
@@ -161,6 +175,7 @@ class Catalog:
 
         """
         model = Model(name, Source(open_store(url, options), self._metrics), optional, pinned)
+        model.pickles = pickles or self._pickles
         self.models[name] = model
         return model
 
@@ -180,6 +195,7 @@ class Catalog:
                 message names it.
 
         """
+        nursery.start_soon(self._screen.run)
         patience = 0.0 if at_once else PATIENCE
         await (self._find_again() if at_once else self._remember_found())
         async with trio.open_nursery() as starting:
@@ -474,8 +490,15 @@ class Catalog:
     # -- contents --------------------------------------------------------------------------------------
 
     async def open(self, node: File[Model]) -> tuple[Reader, bool]:
-        """Return a reader of a file, and whether the kernel may keep its pages of it."""
+        """Return a reader of a file, and whether the kernel may keep its pages of it.
+
+        Raises:
+            AccessDenied: it is a pickle that the policy of its model denies.
+            StoreError: the bytes that decide about that cannot be had.
+
+        """
         source, snapshot = node.model.source, node.model.snapshot
+        await self._screen.admit(source, node.entry, node.model.pickles)
         keep = self._fetcher.keeps_pages(source, node.entry)
         shard = following(node.entry.path)
         ahead = snapshot.entries.get(shard) if shard and snapshot else None
@@ -512,6 +535,9 @@ class Catalog:
         }
         if entry.digest is not None:
             found[f"user.modelfs.{entry.digest.algorithm}"] = partial(str, entry.digest.value)
+        imports = self._screen.imports(model.source, entry)
+        if imports is not None:
+            found["user.modelfs.pickle"] = lambda: imports.suspicion or "harmless"
         return found
 
     def report(self, model: Model) -> dict[str, Any]:
@@ -530,4 +556,10 @@ class Catalog:
             "size": sum(entry.size for entry in entries),
             "cached_bytes": sum(self.cached_bytes(model, entry) for entry in entries if entry.kind == "file"),
             "rejected": len(snapshot.rejected) if snapshot else 0,
+            "pickles": model.pickles,
+            "suspicious": {
+                entry.path: imports.suspicion
+                for entry in entries
+                if (imports := self._screen.imports(model.source, entry)) and imports.suspicion
+            },
         }

@@ -137,6 +137,7 @@ class Daemon:
             partial(options_for, store_options=settings.store_options),
             self._invalidate,
             Lock.read(settings.lock) if settings.locked else None,
+            pickles=settings.pickles,
         )
 
     def _invalidate(self, changes: list[Change]) -> None:
@@ -148,7 +149,12 @@ class Daemon:
         settings = self._settings
         for model in settings.models:
             self._catalog.add(
-                model.name, model.sources[0], model.options, optional=model.optional, pinned=model.pin
+                model.name,
+                model.sources[0],
+                model.options,
+                optional=model.optional,
+                pinned=model.pin,
+                pickles=model.pickles,
             )
         for namespace in settings.namespaces:
             self._catalog.add_namespace(namespace)

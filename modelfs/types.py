@@ -28,6 +28,10 @@ MAX_PATH = 4095
 """Longest path in bytes: ``PATH_MAX`` without the terminating NUL."""
 
 
+PicklePolicy = Literal["allow", "warn", "deny"]
+"""What becomes of a file whose unpickling would import more than is known to be harmless."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
     """The bytes ``[start, stop)`` of an object; never negative, possibly empty."""

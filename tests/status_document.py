@@ -30,6 +30,8 @@ _DOCUMENT: dict[str, Any] = {
             "size": 1_000_000_000,
             "cached_bytes": 250_000_000,
             "rejected": 2,
+            "pickles": "deny",
+            "suspicious": {"pytorch_model.bin": "it imports posix.system"},
         },
         {
             "name": "gone",
@@ -43,6 +45,8 @@ _DOCUMENT: dict[str, Any] = {
             "size": 0,
             "cached_bytes": 0,
             "rejected": 0,
+            "pickles": "allow",
+            "suspicious": {},
         },
     ],
     "namespaces": ["hf"],

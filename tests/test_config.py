@@ -119,6 +119,7 @@ EXAMPLES: Mapping[str, tuple[str, Any]] = {
     "read_deadline": ("9s", 9.0),
     "scrub": ("5MiB/s", 5 * 1024**2),
     "keep_going": ("true", True),
+    "pickles": ("warn", "warn"),
     "connections": ("3", 3),
     "locked": ("true", True),
     "lock": ("/k", Path("/k")),
@@ -555,6 +556,16 @@ def test_nothing_may_lie_inside_the_mountpoint(world: Path) -> None:
 # -- the documentation
 
 DOCS = Path(config.__file__).parents[2] / "docs"
+
+
+def test_a_model_has_the_policy_for_pickles_of_the_mount_or_its_own() -> None:
+    settings = loaded("pickles: deny\nmodels:\n  a: file:///a\n  b: {source: file:///b, pickles: warn}\n")
+    assert [model.pickles for model in settings.models] == ["deny", "warn"]
+    assert config.Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    with pytest.raises(
+        ConfigError, match=r"modelfs\.yaml:2: pickles: 'maybe' is not one of allow, warn, deny"
+    ):
+        loaded("models:\n  b: {source: file:///b, pickles: maybe}\n")
 
 
 def test_the_documented_settings_are_those_there_are() -> None:

@@ -18,10 +18,11 @@ LAYERS: list[set[str]] = [
     {"fuse"},
     {"catalog"},
     {"tree", "lockfile"},
+    {"screen"},
     {"views"},
     {"fetch"},
     {"cache", "stores"},
-    {"metrics"},
+    {"metrics", "pickles"},
     {"types"},
     {"errors"},
 ]

@@ -134,6 +134,10 @@ def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
     for model in found:
         if model["why"]:
             out.print(f"{printable(model['name'])}: {printable(model['why'])}")
+        for path, why in model.get("suspicious", {}).items():  # an older daemon does not tell
+            out.print(
+                f"{printable(model['name'])}: {printable(path)} is a suspicious pickle: {printable(why)}"
+            )
         if model["rejected"]:
             paths = _counted(model["rejected"], "path")
             out.print(

@@ -34,6 +34,7 @@ from modelfs.config.values import (
     parse_deadline,
     parse_duration,
     parse_path,
+    parse_pickles,
     parse_rate,
     parse_share,
     parse_size,
@@ -43,7 +44,7 @@ from modelfs.config.values import (
 from modelfs.errors import ConfigError
 from modelfs.stores import known_schemes, open_store, scheme_of
 from modelfs.stores.file import path_of
-from modelfs.types import path_fault
+from modelfs.types import PicklePolicy, path_fault
 
 __all__ = [
     "KEYS",
@@ -90,6 +91,7 @@ class ModelSettings:
         options: for the store: those of its URL prefixes, then the model's own. May hold secrets.
         optional: the mount succeeds although the model cannot be resolved.
         pin: its content is never evicted from the cache.
+        pickles: ``allow``, ``warn`` or ``deny``: what becomes of suspicious ones.
 
     """
 
@@ -98,6 +100,7 @@ class ModelSettings:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     optional: bool = False
     pin: bool = False
+    pickles: PicklePolicy = "allow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,7 @@ class Settings:
         read_deadline: seconds after which a read that gets no bytes fails.
         scrub: bytes per second at which the cache is read again in the background; 0 = never.
         keep_going: mount although models that are not optional cannot be resolved.
+        pickles: what becomes of suspicious pickles in models that do not say it themselves.
         connections: how many requests to stores run at once.
         locked: models must be what the lock says.
         lock: the lock file.
@@ -152,6 +156,7 @@ class Settings:
     read_deadline: float
     scrub: int
     keep_going: bool
+    pickles: PicklePolicy
     connections: int
     locked: bool
     lock: Path
@@ -216,6 +221,7 @@ KEYS: tuple[Key, ...] = (
     Key("read_deadline", parse_deadline, 300.0, "a read that gets no bytes for so long fails"),
     Key("scrub", parse_rate, 20 * 1024**2, "how fast the cache is read again to find bad blocks, or off"),
     Key("keep_going", parse_boolean, False, "mount although some models cannot be resolved"),
+    Key("pickles", parse_pickles, "allow", "what becomes of suspicious pickles: allow, warn or deny"),
     Key("connections", parse_connections, 16, "requests to stores at once"),
     Key("locked", parse_boolean, False, "refuse models that are not what the lock says"),
     Key("lock", parse_path, None, "the lock that modelfs lock writes"),
@@ -279,7 +285,7 @@ def load(
     if values["lock"] is None:
         values["lock"] = _absolute(folder / LOCK)
     stores = _stores(document)
-    models = _models(document, sources, stores)
+    models = _models(document, sources, stores, values["pickles"])
     namespaces = values["namespaces"]
     if namespaces is None:
         namespaces = () if models else tuple(NAMESPACES)
@@ -380,7 +386,10 @@ def _stores(document: Mapped) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def _models(
-    document: Mapped, sources: Sequence[str], stores: Mapping[str, tuple[dict[str, Any], str]]
+    document: Mapped,
+    sources: Sequence[str],
+    stores: Mapping[str, tuple[dict[str, Any], str]],
+    pickles: PicklePolicy,
 ) -> tuple[ModelSettings, ...]:
     places: dict[str, str] = {}
     models = []
@@ -394,7 +403,7 @@ def _models(
             raise ConfigError(f"{place}: model {quoted(name)}: {error}") from None
         own, own_place = model.pop("own"), model.pop("own_place")
         options = _open(url, [*layers, (own, own_place)], f"{place}: model {quoted(name)}")
-        models.append(ModelSettings(name=name, options=options, **model))
+        models.append(ModelSettings(name=name, options=options, **{"pickles": pickles, **model}))
     return tuple(models)
 
 
@@ -408,7 +417,7 @@ def _models_of_file(document: Mapped) -> Iterator[tuple[str, str, dict[str, Any]
             body["source"], body.lines["source"] = written, table.lines[name]
         else:
             body = mapping_at(table, name)
-        refuse_unknown(body, {"source", "options", "optional", "pin"})
+        refuse_unknown(body, {"source", "options", "optional", "pin", "pickles"})
         if "source" not in body:
             raise ConfigError(f"{place}: model {quoted(name)} has no source: write 'source: URL'")
         source = body["source"]
@@ -426,6 +435,8 @@ def _models_of_file(document: Mapped) -> Iterator[tuple[str, str, dict[str, Any]
         for key in ("optional", "pin"):
             if key in body:
                 fields[key] = read_at(body, key, parse_boolean, body[key])
+        if "pickles" in body:
+            fields["pickles"] = read_at(body, "pickles", parse_pickles, body["pickles"])
         yield name, place, fields
 
 

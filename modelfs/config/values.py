@@ -154,6 +154,10 @@ def choice(*choices: str) -> Callable[[Any], str]:
     return read
 
 
+parse_pickles = choice("allow", "warn", "deny")
+"""Return a :data:`modelfs.types.PicklePolicy`."""
+
+
 def choices(*known: str) -> Callable[[Any], tuple[str, ...]]:
     """Return a reader of a list, or of comma-separated text, of these words."""
     one = choice(*known)
