@@ -410,9 +410,12 @@ class _Passage(Handler):
         self._behind: http.client.HTTPConnection | None = None
 
     def finish(self) -> None:
+        self._leave()
+        super().finish()
+
+    def _leave(self) -> None:
         if self._behind is not None:
             self._behind.close()
-        super().finish()
 
     def log_error(self, format: str, *args: Any) -> None:
         """Be silent about what is no request: a TLS handshake, for one."""
@@ -437,6 +440,7 @@ class _Passage(Handler):
         headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
         place = urlsplit(self.server.proxy.upstream)
         if self._behind is None or (self._behind.host, self._behind.port) != (place.hostname, place.port):
+            self._leave()
             self._behind = http.client.HTTPConnection(place.hostname or HOST, place.port)
         try:
             self._behind.request(self.command, self.path, body or None, headers)

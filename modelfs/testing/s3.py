@@ -39,17 +39,24 @@ _MAPPED = 1 << 20
 
 
 class S3Server(Server):
-    """An S3 in a process of its own; also a context manager. Objects live until `close`."""
+    """An S3 in a process of its own; also a context manager. Objects live until `close`.
 
-    def __init__(self) -> None:
-        super().__init__("modelfs.testing.s3:application", KEY_ID, SECRET)
+    Args:
+        key_id: the access key that is accepted, and no other.
+        secret: its secret.
+
+    """
+
+    def __init__(self, *, key_id: str = KEY_ID, secret: str = SECRET) -> None:
+        super().__init__("modelfs.testing.s3:application", key_id, secret)
+        self._key_id, self._secret = key_id, secret
 
     def env(self) -> dict[str, str]:
         """Return the environment that sends every AWS client here, with credentials that are accepted."""
         return {
             "AWS_ENDPOINT_URL": self.url,
-            "AWS_ACCESS_KEY_ID": KEY_ID,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ACCESS_KEY_ID": self._key_id,
+            "AWS_SECRET_ACCESS_KEY": self._secret,
             "AWS_DEFAULT_REGION": REGION,
         }
 
@@ -58,7 +65,7 @@ class S3Server(Server):
         """Return a boto3 client that may do everything."""
         import boto3
 
-        session = boto3.Session(KEY_ID, SECRET, region_name=REGION)
+        session = boto3.Session(self._key_id, self._secret, region_name=REGION)
         return session.client("s3", endpoint_url=self.url)
 
     def put_file(self, bucket: str, key: str, path: Path) -> None:

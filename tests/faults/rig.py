@@ -63,13 +63,17 @@ class Site:
             file.write_bytes(data)
             self.s3.put_file("models", path, file)
         (self._directory / "token").write_text(TOKEN)
-        (self._directory / "credentials").write_text(
-            f"[default]\naws_access_key_id = {KEY_ID}\naws_secret_access_key = {SECRET}\n"
-        )
+        self.sign_with(KEY_ID, SECRET)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._servers.close()
+
+    def sign_with(self, key_id: str, secret: str) -> None:
+        """Write the file that the S3 store takes its credentials from."""
+        (self._directory / "credentials").write_text(
+            f"[default]\naws_access_key_id = {key_id}\naws_secret_access_key = {secret}\n"
+        )
 
     def environment(self) -> dict[str, str]:
         """Return the variables with which the stores find their credentials."""

@@ -12,7 +12,7 @@ CLEAN = {"right", "AccessDenied", "BadAnswer", "Corrupt", "Stale", "Unavailable"
 
 
 def test_in_a_storm_readers_get_the_right_bytes_or_one_clean_error(tmp_path: Path) -> None:
-    report = raging(faults=500, seconds=60, seed=1, directory=tmp_path)
+    report = raging(faults=300, seconds=60, seed=1, directory=tmp_path)
     assert report.outcomes[WRONG] == 0, report
     assert set(report.outcomes) <= CLEAN, report
     assert report.outcomes["right"] > len(FILES), report
