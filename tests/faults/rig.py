@@ -48,8 +48,8 @@ class Site:
         authority = trustme.CA()
         self.ca_bundle = str(directory / "ca.pem")
         authority.cert_pem.write_to_path(self.ca_bundle)
-        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert("127.0.0.1", "localhost").configure_cert(self._tls)
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1", "localhost").configure_cert(self.tls)
 
     def __enter__(self) -> Site:
         self.origin = self._servers.enter_context(Origin(dict(self.files)))
@@ -88,10 +88,11 @@ class Site:
     def behind(self, kind: str, plan: Plan = ()) -> Iterator[tuple[FaultProxy, Store]]:
         """Yield a proxy with `plan` and the store of that kind behind it."""
         upstream = {"s3": self.s3.url, "hf": self.hub.url}.get(kind, self.origin.url)
-        with FaultProxy(upstream, plan, tls=self._tls if kind == "https" else None) as proxy:
-            yield proxy, self._store(kind, proxy.url)
+        with FaultProxy(upstream, plan, tls=self.tls if kind == "https" else None) as proxy:
+            yield proxy, self.store(kind, proxy.url)
 
-    def _store(self, kind: str, url: str) -> Store:
+    def store(self, kind: str, url: str) -> Store:
+        """Return the store of that kind at `url`."""
         options: dict[str, Any]
         match kind:
             case "s3":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 
 import pytest
 import trio
+import trustme
 
-from modelfs.errors import StoreError
+from modelfs.errors import StoreError, Unavailable
 from modelfs.fetch.source import retrying
-from modelfs.testing.faults import Fault, Plan
+from modelfs.testing.faults import Fault, FaultProxy, Plan
 from modelfs.types import Snapshot
 from tests.faults.rig import SECRETS, Site, noise
 
@@ -104,3 +106,23 @@ def test_a_listing_that_always_fails_is_one_clean_error(site: Site, store: str) 
                     nursery.start_soon(one, fault)
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_store_whose_name_is_unknown_is_one_clean_error(site: Site, store: str) -> None:
+    own = site.store(store, "http://modelfs-test.invalid")
+    with pytest.raises(Unavailable) as caught:
+        trio.run(retrying, own.snapshot, 0)
+    assert not [secret for secret in SECRETS if secret in str(caught.value)]
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_store_whose_certificate_nobody_vouches_for_is_asked_nothing(site: Site, store: str) -> None:
+    upstream = {"s3": site.s3.url, "hf": site.hub.url}.get(store, site.origin.url)
+    stranger, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    stranger.issue_cert("127.0.0.1").configure_cert(context)
+    with FaultProxy(upstream, tls=context) as proxy:
+        with pytest.raises(Unavailable) as caught:
+            trio.run(retrying, site.store(store, proxy.url).snapshot, 0)
+        assert not [secret for secret in SECRETS if secret in str(caught.value)]
+        assert proxy.asked == []

@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from modelfs.errors import BadAnswer
+from modelfs.stores.reach import Reach
 from modelfs.testing.faults import Asked, Fault, FaultProxy
 from tests.faults.rig import Site
 
@@ -33,6 +34,24 @@ def test_a_hub_that_leads_astray_is_not_followed(site: Site, target: str) -> Non
             with pytest.raises(BadAnswer):
                 await store.locate(entry)
             assert proxy.injected == {"redirect": 1}
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("link", [Reach.PUBLIC, Reach.PRIVATE])
+def test_a_hub_on_the_internet_leads_to_no_private_address(
+    site: Site, monkeypatch: pytest.MonkeyPatch, link: Reach
+) -> None:
+    async def main() -> None:
+        with site.behind("hf") as (proxy, store):
+            reaches = {proxy.url: Reach.PUBLIC}
+            monkeypatch.setattr("modelfs.stores.hf.resolved_reach", lambda url: reaches.get(url, link))
+            entry = (await store.snapshot()).entries["x.bin"]
+            if link is Reach.PUBLIC:
+                assert (await store.locate(entry)).public  # the client looks again when it connects
+            else:
+                with pytest.raises(BadAnswer, match="private address"):
+                    await store.locate(entry)
 
     trio.run(main)
 

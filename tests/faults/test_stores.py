@@ -208,3 +208,22 @@ def test_an_object_that_changes_between_two_ranges_is_not_mixed(
                 reader.close()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_store_that_falls_silent_for_good_is_an_error_in_time(
+    site: Site, store: str, tmp_path: Path
+) -> None:
+    path = "once-reset"
+
+    async def main() -> None:
+        async with fetching(tmp_path, site.ca_bundle, deadline=1) as (fetcher, _, metrics):
+            with site.behind(store) as (proxy, own):
+                entry = (await own.snapshot()).entries[path]
+                proxy.follow(lambda _: Fault("silence"))  # also where the object is asked for
+                began = trio.current_time()
+                what = await outcome(fetcher, Source(own, metrics), entry, site.files[path])
+                assert what == "Unavailable"
+                assert trio.current_time() - began < 1 + 2
+
+    trio.run(main)
