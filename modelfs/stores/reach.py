@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 from modelfs.errors import BadAnswer
 from modelfs.stores import redact
 
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""IPv4 addresses as networks that only have IPv6 write them (RFC 6052)."""
+
 
 class Reach(enum.IntEnum):
     """Who can reach an address, fewer with each step; a redirect never leads to a nearer one."""
@@ -41,7 +44,9 @@ def reach_of(host: str) -> Reach:
             address = ipaddress.IPv4Address(socket.inet_aton(host))  # 0x7f.1
         except OSError:
             return Reach.PUBLIC
-    address = getattr(address, "ipv4_mapped", None) or address
+    if isinstance(address, ipaddress.IPv6Address):
+        translated = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
+        address = address.ipv4_mapped or translated or address
     if address.is_link_local:
         return Reach.LINK
     return Reach.PUBLIC if address.is_global else Reach.PRIVATE

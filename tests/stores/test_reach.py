@@ -46,6 +46,8 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         ("169.254.169.254", Reach.LINK),
         ("::ffff:169.254.169.254", Reach.LINK),
         ("0xa9fea9fe", Reach.LINK),
+        ("64:ff9b::a9fe:a9fe", Reach.LINK),
+        ("64:ff9b::808:808", Reach.PUBLIC),
         ("fe80::1%eth0", Reach.LINK),
     ],
 )
