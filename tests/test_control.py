@@ -22,6 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from modelfs import control
 from modelfs.control.app import Tell, Work, serve
+from modelfs.control.runtime import Record, listening, write_record
 from modelfs.errors import CacheError, Corrupt, ModelfsError, MountError, NotFound
 from modelfs.metrics import Metrics
 from tests.status_document import document
@@ -245,6 +246,28 @@ def test_the_socket_of_a_dead_daemon_is_taken_over() -> None:
         dead.bind(str(path))
     assert path.exists()
     assert serving(lambda path: control.ControlClient(path).status())["version"] == 1
+
+
+def test_who_looks_for_dead_daemons_leaves_the_socket_of_a_successor_alone() -> None:
+    path, rounds, begin = control.socket_path(Path("/models")), 200, threading.Barrier(2)
+
+    def look() -> None:
+        for _ in range(rounds):
+            begin.wait()
+            for _ in range(5):
+                control.mounts()
+
+    looker = threading.Thread(target=look, daemon=True)
+    looker.start()
+    for pid in range(rounds):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(path))
+        write_record(path, Record(Path("/models"), pid, 0.0, "1"))
+        begin.wait(10)
+        with listening(path):
+            write_record(path, Record(Path("/models"), pid, 0.0, "1"))
+            assert control.find(Path("/models")) is not None, f"the socket of daemon {pid} was taken away"
+    looker.join()
 
 
 def test_cancelling_ends_the_server_while_somebody_is_connected() -> None:

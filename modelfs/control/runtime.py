@@ -7,6 +7,7 @@ the kernel closes it with its process, however that ends, and tells the process'
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -82,6 +83,20 @@ def socket_path(mountpoint: Path) -> Path:
 
 
 @contextlib.contextmanager
+def _changing(directory: Path) -> Iterator[None]:
+    """Be the only one who makes or removes sockets in `directory`.
+
+    Who finds a dead daemon's socket would else remove that of its successor, which appears at the same path.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
     """Listen on `path`; remove it and its record in the end, unless another daemon has taken it over.
 
@@ -91,18 +106,19 @@ def listening(path: Path) -> Iterator[socket.socket]:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
-            path.unlink(missing_ok=True)
-            listener.bind(str(path))
-            # Before listen(): until then nobody can connect. A umask would be the whole process's.
-            path.chmod(0o600)
-            listener.listen()
+            with _changing(path.parent):
+                path.unlink(missing_ok=True)
+                listener.bind(str(path))
+                # Before listen(): until then nobody can connect. A umask would be the whole process's.
+                path.chmod(0o600)
+                listener.listen()
+                own = path.stat().st_ino
         except OSError as error:
             raise MountError(f"{path}: cannot listen: {error.strerror or error}") from error
-        own = path.stat().st_ino
         try:
             yield listener
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), _changing(path.parent):
                 if path.stat().st_ino == own:
                     remove(path)
 
@@ -149,7 +165,9 @@ def mounts() -> list[Record]:
         sock = path.with_suffix(".sock")
         pid = peer_pid(sock)
         if pid is None:
-            remove(sock)
+            with _changing(sock.parent):
+                if peer_pid(sock) is None:
+                    remove(sock)
             continue
         with contextlib.suppress(FileNotFoundError):  # it ended between two lines
             record = json.loads(path.read_text())
