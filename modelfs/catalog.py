@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import trio
 
 from modelfs import __version__
 from modelfs.cache import Cache
-from modelfs.errors import NotFound, NotLocked, StoreError
+from modelfs.errors import ConfigError, NotFound, NotLocked, StoreError
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.planner import following
 from modelfs.fetch.reader import Reader
@@ -113,7 +114,31 @@ NAMESPACES: Mapping[str, Callable[[str], _Organisations | _Names]] = {
 }
 """On-demand namespaces: each resolves a name when it is first looked up."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*")
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_REVISED = re.compile(rf"{_PLAIN.pattern}(@{_PLAIN.pattern})?")
+
+MAX_ABSENT = 10_000
+"""Names remembered as absent: whoever makes names up shall not fill the memory."""
+
+
+def permits(patterns: Iterable[str], path: str) -> bool:
+    """Return whether `path`, of a model or of a directory above models, fits one of `patterns`.
+
+    A pattern is a path whose components may hold ``*`` and ``?``: ``hf``, ``hf/org``, ``hf/org/bert-*``. It
+    covers what is below it. The revision of a model, after ``@``, does not matter.
+    """
+    parts = path.partition("@")[0].split("/")
+    return any(all(map(fnmatchcase, parts, pattern.split("/"))) for pattern in patterns)
+
+
+def _path_in(resolver: object, name: str) -> str | None:
+    """Return the path of `name` in an on-demand namespace; None if nothing there can be called so."""
+    match resolver:
+        case _Organisations(namespace) if _PLAIN.fullmatch(name):
+            return f"{namespace}/{name}"
+        case _Names(path, url) if (_REVISED if url.startswith("hf:") else _PLAIN).fullmatch(name):
+            return f"{path}/{name}"
+    return None
 
 
 class Catalog:
@@ -151,6 +176,7 @@ class Catalog:
         self._changed = changed
         self._lock = lock
         self._pickles = pickles
+        self._namespaces: list[str] = []
         self._screen = Screen(cache, fetcher)
         self._absent: dict[tuple[int, str], float] = {}
         self._resolving: dict[tuple[int, str], trio.Lock] = {}
@@ -179,9 +205,12 @@ class Catalog:
         self.models[name] = model
         return model
 
-    def add_namespace(self, name: str) -> None:
-        """Show the on-demand namespace `name`, one of `NAMESPACES`."""
-        self.tree.put((name,), Directory(inode(name, "", "namespace"), resolver=NAMESPACES[name](name)))
+    def add_namespace(self, pattern: str) -> None:
+        """Show the on-demand namespace of `pattern`, one of `NAMESPACES`, and find what it `permits`."""
+        name = pattern.partition("/")[0]
+        if not any(known.partition("/")[0] == name for known in self._namespaces):
+            self.tree.put((name,), Directory(inode(name, "", "namespace"), resolver=NAMESPACES[name](name)))
+        self._namespaces.append(pattern)
 
     async def start(self, nursery: trio.Nursery, *, keep_going: bool, at_once: bool = False) -> None:
         """Resolve all models and show them; return when each is ready or may be missing.
@@ -402,6 +431,8 @@ class Catalog:
         """Add the models that were found on demand before this process began."""
         found = await trio.to_thread.run_sync(self._cache.get_meta, FOUND)
         for path, url in (found or {}).items():
+            if not permits(self._namespaces, path):
+                continue
             directory = self.tree.root
             for parent in path.split("/")[:-1]:
                 child = directory.children.get(parent) or await self._find(directory, parent)
@@ -420,8 +451,10 @@ class Catalog:
             StoreError: the store failed to say whether there is such a name.
 
         """
-        if not _NAME.fullmatch(name) and not isinstance(parent.resolver, _Entries):
-            return None
+        if not isinstance(parent.resolver, _Entries):
+            path = _path_in(parent.resolver, name)
+            if path is None or not permits(self._namespaces, path):
+                return None
         key = (parent.ino, name)
         lock = self._resolving.setdefault(key, trio.Lock())
         try:
@@ -435,6 +468,8 @@ class Catalog:
                     return await self._find(parent, name)
                 except NotFound as error:
                     log.info("%s", error)
+                    if len(self._absent) >= MAX_ABSENT:
+                        self._absent.clear()
                     self._absent[key] = trio.current_time() + ABSENT_SECONDS
                     return None
         finally:
@@ -458,7 +493,10 @@ class Catalog:
     async def _find_model(self, parent: Directory, name: str, path: str, url: str) -> Node | None:
         if url.startswith("s3://"):
             url += "/"
-        model = self.models.get(path) or self.add(path, url, self._options_for(url), optional=True)
+        try:
+            model = self.models.get(path) or self.add(path, url, self._options_for(url), optional=True)
+        except ConfigError as error:  # no store has a model of such a name
+            raise NotFound(str(error)) from error
         model.on_demand = True
         try:
             await self._resolve(model, seconds=0.0)

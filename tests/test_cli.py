@@ -439,6 +439,7 @@ def test_a_status_says_everything_that_matters() -> None:
 MODEL    STATE        REVISION      FILES       SIZE         CACHED  SOURCE
 finbert  ready        4556d1301521      9  953.7 MiB  238.4 MiB 25%  hf://ProsusAI/finbert@main
 gone     unavailable  -                 -          -              -  s3://nobody/gone
+finbert: pytorch_model.bin is a suspicious pickle: it imports posix.system
 finbert: 2 paths of the store cannot be shown: modelfs ls --long says which
 gone: s3://nobody/gone: no such bucket: check the name"""
     )

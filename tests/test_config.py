@@ -95,6 +95,8 @@ def test_a_mount_with_models_offers_no_namespaces_unless_asked() -> None:
     assert loaded(MODEL).namespaces == ()
     assert loaded(MODEL + "namespaces: [s3]\n").namespaces == ("s3",)
     assert loaded(sources=["m2=fake://x"], env={"MODELFS_NAMESPACES": "hf, s3"}).namespaces == ("hf", "s3")
+    patterns = ("hf/org", "hf/ProsusAI/fin*", "s3/models-?")
+    assert loaded(env={"MODELFS_NAMESPACES": ",".join(patterns)}).namespaces == patterns
 
 
 def test_flags_win_over_environment_over_file_over_defaults() -> None:
@@ -388,6 +390,15 @@ WRONG: Mapping[str, tuple[str | bytes, str]] = {
     "no connection": ("connections: 0\n", r"connections: '0' is not a whole number"),
     "true connections": ("connections: true\n", r"connections: 'True' is not a whole number"),
     "directory": ("cache: {dir: 5}\n", r"cache.dir: '5' is not a path"),
+    "pattern": (
+        "namespaces: [hf/a/b/c]\n",
+        r"namespaces: 'hf/a/b/c' is no pattern of models in hf: write it ",
+    ),
+    "buckets": (
+        "namespaces: [s3/a/b]\n",
+        r"namespaces: 's3/a/b' is no pattern of models in s3: write it like s3/",
+    ),
+    "empty pattern": ("namespaces: [hf/]\n", r"namespaces: 'hf/' is no pattern of models in hf"),
     "namespace": ("namespaces: [hg]\n", r"namespaces: 'hg' is not one of hf, s3"),
     "namespaces": ("namespaces: {hf: 1}\n", r"namespaces: a mapping is not a list"),
     "nothing to mount": ("namespaces: []\n", r"modelfs\.yaml: there is nothing to mount"),

@@ -89,7 +89,7 @@ def status(out: Console, data: Mapping[str, Any], now: float | None = None) -> N
         f"{fetch['in_flight']} under way, {fetch['retries']} tried again, errors: {_kinds(fetch['errors'])}"
     )
     if data["namespaces"]:
-        out.print(f"  on demand  {', '.join(f'{name}/' for name in data['namespaces'])}")
+        out.print(f"  on demand  {_on_demand(data['namespaces'])}")
     out.print()
     models(out, data["models"])
 
@@ -144,6 +144,10 @@ def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
                 f"{printable(model['name'])}: {paths} of the store cannot be shown: "
                 "modelfs ls --long says which"
             )
+
+
+def _on_demand(namespaces: Sequence[str]) -> str:
+    return ", ".join(name if "/" in name else f"{name}/" for name in namespaces)
 
 
 def _kinds(errors: Mapping[str, int]) -> str:
@@ -201,7 +205,7 @@ def mounted(data: Mapping[str, Any]) -> str:
     if ready != len(states):
         what[0] += f" ({ready} ready)"
     if data["namespaces"]:
-        what.append(f"on demand: {', '.join(f'{name}/' for name in data['namespaces'])}")
+        what.append(f"on demand: {_on_demand(data['namespaces'])}")
     place = printable(data["mountpoint"])
     return (
         f"mounted {place}: {', '.join(what)}; status: modelfs status {place}, unmount: modelfs umount {place}"
@@ -243,7 +247,7 @@ def settings(out: Console, data: Mapping[str, Any]) -> None:
     out.print(f"  transport  {data['transport']}")
     out.print(f"  refresh    {duration(data['refresh']) if data['refresh'] else 'never'}")
     if data["namespaces"]:
-        out.print(f"  on demand  {', '.join(f'{name}/' for name in data['namespaces'])}")
+        out.print(f"  on demand  {_on_demand(data['namespaces'])}")
     if data["models"]:
         out.print()
         table = _table("MODEL", "SOURCE", "OPTIONS")

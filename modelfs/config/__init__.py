@@ -26,13 +26,13 @@ from modelfs.config.document import (
 )
 from modelfs.config.values import (
     choice,
-    choices,
     meant,
     parse_boolean,
     parse_cache_size,
     parse_connections,
     parse_deadline,
     parse_duration,
+    parse_namespaces,
     parse_path,
     parse_pickles,
     parse_rate,
@@ -68,8 +68,8 @@ __all__ = [
 SEARCH = (Path("modelfs.yaml"), Path("/etc/modelfs/config.yaml"))
 """Where a configuration file is looked for when neither ``--config`` nor ``$MODELFS_CONFIG`` names one."""
 
-NAMESPACES: Mapping[str, str] = {"hf": "hf://org/name", "s3": "s3://bucket/"}
-"""On-demand namespace → a URL of the kind it makes, to check the options of that scheme."""
+NAMESPACES: Mapping[str, str] = {"hf": "hf://org/name", "s3": "s3://bucket"}
+"""On-demand namespace → a URL like those it makes: for the options of the scheme, and the depth of names."""
 
 RESERVED = frozenset({*NAMESPACES, "github", "oci", "model-metadata.yaml"})
 """First components that a model's name must not have: the tree uses or will use them itself."""
@@ -127,7 +127,7 @@ class Settings:
         mountpoint: where the tree appears.
         cache: see `CacheSettings`.
         models: in the order they were written.
-        namespaces: the on-demand namespaces the mount offers.
+        namespaces: the on-demand namespaces the mount offers, or patterns of the models in them.
         store_options: options by URL prefix, for stores opened on demand. May hold secrets.
         transport: how requests reach us from the kernel.
         allow_other: other users may read the mount.
@@ -214,7 +214,7 @@ KEYS: tuple[Key, ...] = (
     Key("cache.dir", parse_path, None, "directory of the cache; no other daemon may use it"),
     Key("cache.size", parse_cache_size, 50 * 1024**3, "limit of the cached content"),
     Key("cache.min_free", parse_share, 0.05, "what stays free on the cache's disk"),
-    Key("namespaces", choices(*NAMESPACES), None, "on-demand namespaces to offer"),
+    Key("namespaces", parse_namespaces(NAMESPACES), None, "on-demand namespaces to offer"),
     Key("transport", choice("auto", "kernel", "pyfuse3"), "auto", "how requests reach us from the kernel"),
     Key("allow_other", parse_boolean, False, "let other users read the mount"),
     Key("refresh", parse_duration, 60.0, "time between two looks for new revisions; 0 = never"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +158,29 @@ parse_pickles = choice("allow", "warn", "deny")
 """Return a :data:`modelfs.types.PicklePolicy`."""
 
 
-def choices(*known: str) -> Callable[[Any], tuple[str, ...]]:
-    """Return a reader of a list, or of comma-separated text, of these words."""
+def parse_namespaces(known: Mapping[str, str]) -> Callable[[Any], tuple[str, ...]]:
+    """Return a reader of a list, or of comma-separated text, of namespaces and patterns of models in them.
+
+    Args:
+        known: namespace → a URL that has as many components as its models' names.
+
+    """
     one = choice(*known)
+
+    def pattern(word: Any) -> str:
+        name, slash, rest = str(word).partition("/")
+        one(name)
+        most = known[name].partition("://")[2].count("/") + 1
+        if slash and (rest.count("/") >= most or not re.fullmatch(r"[\w.*?-]+(/[\w.*?-]+)*", rest, re.ASCII)):
+            example = f"{name}/{'ORG/bert-*' if most > 1 else 'bert-*'}"
+            raise ValueError(f"{quoted(word)} is no pattern of models in {name}: write it like {example}")
+        return str(word)
 
     def read(value: Any) -> tuple[str, ...]:
         words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
         if not isinstance(words, list):
             raise ValueError(f"{quoted(value)} is not a list of {', '.join(known)}")
-        return tuple(dict.fromkeys(one(word) for word in words))
+        return tuple(dict.fromkeys(map(pattern, words)))
 
     return read
 
