@@ -293,6 +293,7 @@ class Daemon:
                 "objects": usage.objects,
                 "pinned": usage.pinned,
                 "unclean_start": usage.unclean_start,
+                "verity": {"available": usage.unsealable is None, "why": usage.unsealable},
                 "scrub": self._scrubber.to_json(),
             },
             "reads": {

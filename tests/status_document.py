@@ -57,6 +57,7 @@ _DOCUMENT: dict[str, Any] = {
         "free": 200 * 1024**3,
         "objects": 1,
         "unclean_start": False,
+        "verity": {"available": False, "why": "the kernel or the file system has no fs-verity"},
         "scrub": {"rate": 20 * 1024**2, "began": 1_700_000_100.0, "finished": None, "bad": 0},
     },
     "reads": {"bytes": 5 * 1024**2, "hit_bytes": 4 * 1024**2, "hit_ratio": 0.8, "errors": {"Unavailable": 3}},

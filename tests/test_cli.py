@@ -431,6 +431,7 @@ def test_a_status_says_everything_that_matters() -> None:
   config     /etc/modelfs/config.yaml
   log        /var/log/modelfs/models.log
   cache      3.0 GiB of 50.0 GiB in 1 object, 200.0 GiB free, /var/cache/modelfs
+  fs-verity  off: the kernel or the file system has no fs-verity
   scrub      reading everything for 1h 0m, nothing bad, at most 20.0 MiB/s
   reads      5.0 MiB, 80% of it cached before, 2 open files, errors: Unavailable 3
   fetches    8.0 MiB in 12 requests, 0 under way, 1 tried again, errors: none

@@ -41,11 +41,16 @@ Many threads write, commit, drop and evict while the event loop looks up and rea
 4. *A descriptor is never reused under an operation.* The files belong to a ``Generation``; every operation
    holds a reference to it, and the last reference closes the files. ``discard`` puts new files in the place
    of the old, ``close`` nothing: an operation that is still running finishes on what it began with, and may
-   not change the table any more (``dead``).
+   not change the table any more (``dead``). Where the data file is opened in another way, or replaced because
+   it is sealed, dup3 changes what the same descriptor stands for; the second happens between two epochs.
 5. *Opening, discarding, evicting and closing one key exclude each other* by a guard, one of 64 by key. It is
    held across the I/O of these operations; only threads take it, and other keys mostly have another.
 6. *The limit is kept under concurrency*: space is counted before it is used, under one lock (``_room``)
    that is held while something is evicted.
+
+**A sealed file** (fs-verity) cannot be changed by anybody. It counts as sealed before the kernel begins to
+read it, which takes no lock; to lose a block then means to lose all, and to get a new file. Loans have
+descriptors of their own, and go on with the old one.
 
 Locks are taken in the order room, guard, generation, index; nobody holds a guard or a generation when
 asking for room. Loans (``CacheObject.lend``) keep the object open and its data unpunched.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import re
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,18 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelfs.cache import disk, generation
+from modelfs.cache import disk, files, home, verity
 from modelfs.cache.audit import Audit
 from modelfs.cache.generation import Generation
 from modelfs.cache.index import Index, Row
 from modelfs.cache.meta import Meta
 from modelfs.cache.objects import CacheObject
-from modelfs.errors import CacheError, CacheLocked, CacheUnusable
+from modelfs.errors import CacheError, CacheUnusable
 from modelfs.metrics import Metrics
 from modelfs.types import Digest, crc32c
-
-FORMAT = 1
-"""Version of what lies in the directory; a higher one is not touched."""
 
 _log = logging.getLogger(__name__)
 _KEY = re.compile(r"[a-z0-9-]{1,100}")
@@ -45,6 +40,7 @@ class Usage:
         free: bytes the disk has left for us.
         objects: how many objects there are.
         pinned: how many keys are pinned, present or not.
+        unsealable: why the kernel cannot check files by fs-verity; None if it does.
         unclean_start: whether blocks from earlier sessions are checked before they are first served.
 
     """
@@ -54,6 +50,7 @@ class Usage:
     free: int
     objects: int
     pinned: int
+    unsealable: str | None
     unclean_start: bool
 
 
@@ -90,16 +87,17 @@ class Cache:
         self._closed = False
         self._unclean = False
         try:
-            _prepare(self.directory)
-            self._lock_fd = _lock(self.directory)
+            home.prepare(self.directory)
+            self._lock_fd = home.lock(self.directory)
             try:
-                _check_format(self.directory)
+                home.check_format(self.directory)
                 self._objects.mkdir(mode=0o700, exist_ok=True)
                 self._dir = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
                     self.index = self._load_index()
                     self._begin_session()
                     self._can_punch = disk.punch(self._lock_fd, 1 << 20, 4096)
+                    self.unsealable = verity.refusal(self.directory)
                 except BaseException:
                     os.close(self._dir)
                     raise
@@ -142,7 +140,7 @@ class Cache:
                 _log.warning("%s: opened with %d bytes while open with %d", stem, size, item.size)
                 volatile = Generation(stem.with_suffix(".data"), size, self)
                 return CacheObject(key, volatile, threading.Lock(), self._forget_open)
-            now = generation.load(stem, size, self)
+            now = files.load(stem, size, self)
             item = self._open[key] = CacheObject(key, now, guard, self._forget_open)
             return item
 
@@ -165,7 +163,7 @@ class Cache:
                 return None
             known, lost = row.present, 0
             if item is None:
-                now = generation.load(stem, row.size, self, used=False)
+                now = files.load(stem, row.size, self, used=False)
                 item = self._open[key] = CacheObject(key, now, guard, self._forget_open, used=False)
                 lost = max(0, known - item.cached_bytes)
             else:
@@ -232,7 +230,7 @@ class Cache:
 
     def _remove(self, key: str, stem: Path) -> int:
         try:
-            generation.remove(stem)
+            files.remove(stem)
         except OSError as error:
             self.metrics.cache_errors.inc()
             raise disk.failure("remove an object", stem, error) from error
@@ -250,7 +248,15 @@ class Cache:
             free = self._free()[0]
         except OSError:  # the disk is gone: nothing is free on it, and status must go on
             free = 0
-        return Usage(self.index.used, self.limit, free, len(self.index), len(self._pins), self._unclean)
+        return Usage(
+            self.index.used,
+            self.limit,
+            free,
+            len(self.index),
+            len(self._pins),
+            self.unsealable,
+            self._unclean,
+        )
 
     def room_for(self, length: int) -> bool:
         """Return whether `length` bytes more respect both the limit and the minimum of free disk."""
@@ -390,7 +396,7 @@ class Cache:
         try:
             if sync:
                 disk.sync_file_system(self._dir)
-            clean = self.index.dump(boot=_boot(), synced=sync)
+            clean = self.index.dump(boot=home.boot(), synced=sync)
             disk.replace(self.directory / "clean", clean, sync=sync)
         except OSError as error:
             self.metrics.cache_errors.inc()
@@ -427,7 +433,7 @@ class Cache:
             clean.unlink()
             disk.sync_directory(self.directory)
             try:
-                return Index.load(raw, boot=_boot())
+                return Index.load(raw, boot=home.boot())
             except ValueError as error:
                 _log.warning("%s: %s; every block is checked before it is served", clean, error)
         survived = raw is None and self._is_of_this_boot()
@@ -448,71 +454,10 @@ class Cache:
         the order of writing: a block in a table is whole. Only a restart of the machine may lose that.
         """
         try:
-            return (self.directory / "session").read_text() == _boot()
+            return (self.directory / "session").read_text() == home.boot()
         except (FileNotFoundError, UnicodeDecodeError):
             return False
 
     def _begin_session(self) -> None:
-        content = _boot().encode() if self.index.trusted else b""
+        content = home.boot().encode() if self.index.trusted else b""
         disk.replace(self.directory / "session", content, sync=False)
-
-
-def _prepare(directory: Path) -> None:
-    """Make `directory`, or see that it is ours and empty or a cache."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    facts = directory.stat()
-    if os.geteuid() not in (0, facts.st_uid):
-        raise CacheUnusable(
-            f"{directory} belongs to another user ({facts.st_uid}); name a directory of your own, "
-            f"for example {directory / 'modelfs'}"
-        )
-    if not (directory / "format").exists():
-        strangers = {path.name for path in directory.iterdir()} - {"lock", "format.new", "lost+found"}
-        if strangers:
-            raise CacheUnusable(
-                f"{directory} holds something else ({min(strangers)!r}); name an empty or a new directory, "
-                f"for example {directory / 'modelfs'}"
-            )
-    if facts.st_mode & 0o077:
-        directory.chmod(0o700)
-
-
-def _lock(directory: Path) -> int:
-    """Take the lock of `directory` for as long as the returned descriptor is open."""
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
-            raise CacheLocked(
-                f"{directory} is in use by process {holder}; stop it or name another directory as cache.dir"
-            ) from None
-        os.ftruncate(fd, 0)
-        disk.write(fd, memoryview(b"%d\n" % os.getpid()), 0)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _check_format(directory: Path) -> None:
-    path = directory / "format"
-    try:
-        text = path.read_text(errors="replace").strip()
-    except FileNotFoundError:
-        disk.replace(path, b"%d\n" % FORMAT)
-        return
-    if text != str(FORMAT):
-        raise CacheUnusable(
-            f"{directory} is a cache of format {text[:20]!r}, this modelfs writes {FORMAT}; "
-            "use the modelfs that wrote it, name another directory as cache.dir or remove this one"
-        )
-
-
-def _boot() -> str:
-    """Return the id of this boot of the machine; where there is none, one that no other call returns."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return str(uuid.uuid4())

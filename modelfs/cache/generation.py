@@ -1,4 +1,4 @@
-"""The files of one object: made, opened, changed, removed, and what is known about their bytes.
+"""The files of one object while they are open: what is known about their bytes, and how that changes.
 
 The concurrency argument is in the docstring of :mod:`modelfs.cache`.
 """
@@ -6,7 +6,6 @@ The concurrency argument is in the docstring of :mod:`modelfs.cache`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
 import os
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from modelfs.cache import disk, table
+from modelfs.cache import disk, table, verity
 from modelfs.cache.index import Index, Row
 from modelfs.errors import CacheError
 from modelfs.metrics import Metrics
@@ -26,10 +25,18 @@ _uses = itertools.count(1)
 
 
 class Owner(Protocol):
-    """What the files of an object need of the cache they belong to."""
+    """What the files of an object need of the cache they belong to.
+
+    Attributes:
+        metrics: what is counted.
+        index: what all objects amount to.
+        unsealable: why no file can have fs-verity here; None if it can.
+
+    """
 
     metrics: Metrics
     index: Index
+    unsealable: str | None
 
     def reserve(self, row: Row, length: int) -> None:
         """Count `length` bytes more for `row`; evict for them if need be.
@@ -60,14 +67,16 @@ class Generation:
 
     They stay open as long as anybody holds the generation, so that an operation that still runs when the
     object is closed or discarded never meets a reused file descriptor. Made volatile, without files;
-    :func:`create` and :func:`load` make others.
+    :mod:`modelfs.cache.files` makes others.
 
     Attributes:
         size: bytes of the whole object.
         path: of the data file.
+        owner: the cache.
         data: descriptor of the data file; -1 if volatile.
         table: descriptor of the block table; -1 if volatile.
         writable: whether `data` can be written.
+        sealed: whether the kernel checks the data file (fs-verity), and lets nobody change it any more.
         row: of the index; None if volatile.
         blocks: present blocks.
         arrived: per block that is being written, the spans whose bytes are in the file.
@@ -88,6 +97,7 @@ class Generation:
         self.data = -1
         self.table = -1
         self.writable = False
+        self.sealed = False
         self.row: Row | None = None
         self.blocks: dict[int, Block] = {}
         self.arrived: dict[int, tuple[Span, ...]] = {}
@@ -99,12 +109,11 @@ class Generation:
         self.epoch = 0
         self.dead = False
         self.lock = threading.RLock()
-        self._owner = owner
+        self.owner = owner
         self._count = block_count(size)
-        self._superseded = -1
 
     def __del__(self) -> None:
-        for fd in (self.data, self.table, self._superseded):
+        for fd in (self.data, self.table):
             if fd >= 0:
                 os.close(fd)
 
@@ -186,7 +195,7 @@ class Generation:
             _log.warning("%s", self._failure(f"read block {block}", error))
             good = False
         if afresh:
-            self._owner.metrics.verified_bytes.inc(len(block_span(block, self.size)))
+            self.owner.metrics.verified_bytes.inc(len(block_span(block, self.size)))
         with self.lock:
             if self.blocks.get(block) is not record:
                 return None  # it disappeared meanwhile, so what was read says nothing
@@ -195,7 +204,7 @@ class Generation:
                     record.checked = True
                     self.unchecked -= 1
                 return True
-            self._owner.metrics.bad_blocks.inc()
+            self.owner.metrics.bad_blocks.inc()
             _log.warning("%s: block %d does not match its checksum; %s", self.path, block, _again(1))
             self.drop([block])
             return False
@@ -214,7 +223,7 @@ class Generation:
                 crcs = {}
             lost = [block for block, record in self.blocks.items() if crcs.get(block) != record.crc]
             if lost:
-                self._owner.metrics.bad_blocks.inc(len(lost))
+                self.owner.metrics.bad_blocks.inc(len(lost))
                 _log.warning("%s: the block table is damaged; %s", self.path, _again(len(lost)))
                 self.drop(lost)
                 with contextlib.suppress(OSError):  # then the next opening removes it
@@ -261,29 +270,77 @@ class Generation:
                         self._record(block, crc)
 
     def conclude(self, matches: bool, epoch: int) -> None:
-        """Count that the content was compared with its published digest, and note it if it `matches`.
+        """Count that the content was compared with its published digest; note and seal it if it `matches`.
 
-        It is noted only of a complete object of which nothing was dropped since `epoch`.
+        That is done only to a complete object of which nothing was dropped since `epoch`.
         """
-        self._owner.metrics.verified.labels("match" if matches else "mismatch").inc()
+        self.owner.metrics.verified.labels("match" if matches else "mismatch").inc()
         with self.lock:
             if not (matches and self.complete and self.epoch == epoch) or self.row is None or self.dead:
                 return
-            if self.verified:
-                return
-            self.verified = True
+            sealing = self._begin_seal()  # first: who borrows a verified file shall not be able to write it
+            if not self.verified:
+                self.verified = True
+                try:
+                    disk.write(self.table, memoryview(table.header(self.size, verified=True)), 0)
+                except OSError as error:  # then it is verified again in the next session
+                    _log.warning("%s", self._failure("write to the block table", error))
+        if sealing >= 0:
+            self._seal(sealing)
+
+    # Sealing.
+
+    def _begin_seal(self) -> int:
+        """Prepare the data file for fs-verity; return a descriptor for `_seal`, -1 if that cannot be.
+
+        From here on the file counts as sealed, so that nobody changes it meanwhile.
+        """
+        if self.owner.unsealable is not None or self.sealed or not self.size:
+            return -1
+        try:
+            if self.writable:
+                self._reopen(os.O_RDONLY)
+                self.writable = False
+            sealing = os.dup(self.data)
+        except OSError as error:
+            _log.info("%s: not sealed: %s", self.path, error.strerror)
+            return -1
+        self.sealed = True
+        return sealing
+
+    def _seal(self, sealing: int) -> None:
+        """Enable fs-verity, which reads the whole file; no lock is held. Closes the descriptor."""
+        try:
+            before = os.fstat(sealing)
+            refused = None
             try:
-                disk.write(self.table, memoryview(table.header(self.size, verified=True)), 0)
-            except OSError as error:  # then it is verified again in the next session
-                _log.warning("%s", self._failure("write to the block table", error))
+                verity.enable(sealing)
+            except OSError as error:
+                refused = error
+                _log.info("%s: not sealed: %s", self.path, error.strerror)
+            with self.lock:
+                after = os.fstat(sealing)
+                if not self.sealed or os.fstat(self.data).st_ino != after.st_ino:
+                    return  # it has been replaced
+                if refused is not None:
+                    self.sealed = False
+                elif self.row is not None:
+                    self.owner.index.change(self.row, allocated=(after.st_blocks - before.st_blocks) * 512)
+        finally:
+            os.close(sealing)
 
     # Taking away.
 
     def drop(self, blocks: Iterable[int]) -> int:
-        """Make `blocks` absent: in memory, then in the table, then in the data; return the bytes freed."""
+        """Make `blocks` absent: in memory, then in the table, then in the data; return the bytes freed.
+
+        A sealed object loses all of its blocks with any: its file cannot be changed, only replaced.
+        """
         freed = 0
         with self.lock:
             gone = [block for block in blocks if block in self.blocks or block in self.arrived]
+            if gone and self.sealed:
+                gone = list(self.blocks)
             dropped = [(block, self.blocks.pop(block)) for block in gone if block in self.blocks]
             for block in gone:
                 self.arrived.pop(block, None)
@@ -291,12 +348,15 @@ class Generation:
             self.epoch += 1
             if gone and self.row is not None and not self.dead:
                 lost = sum(len(block_span(block, self.size)) for block, _ in dropped)
-                self._owner.index.change(self.row, present=-lost)
+                self.owner.index.change(self.row, present=-lost)
                 try:
                     self._erase([block for block, _ in dropped])
-                    self._make_writable()
-                    if not self.lent:  # the reader of a loan would see zeros
-                        freed = sum(self._release(block) for block in gone)
+                    if self.sealed:
+                        freed = self._unseal()
+                    else:
+                        self._make_writable()
+                        if not self.lent:  # the reader of a loan would see zeros
+                            freed = sum(self._release(block) for block in gone)
                 except OSError as error:
                     self.tainted = True
                     _log.warning("%s", self._failure("remove a block", error))
@@ -309,7 +369,7 @@ class Generation:
         Unless the object was `used`, its place in the order of eviction stays.
         """
         with self.lock:
-            self._die()
+            self.die()
             row = self.row
             if row is None:
                 return
@@ -319,28 +379,24 @@ class Generation:
             row.trusted = not self.unchecked and not self.tainted
             if not used:
                 return
-            self._owner.index.touch(row)
+            self.owner.index.touch(row)
             with contextlib.suppress(OSError):  # only the order of eviction after an unclean stop needs it
                 os.utime(self.table, ns=(row.stamp, row.stamp))
 
-    def replace(self) -> Generation:
-        """Change the files no more, and return a generation without blocks, with new files in their place."""
+    def die(self) -> None:
+        """Change the files no more."""
         with self.lock:
-            self._die()
-        return create(self.path.with_suffix(""), self.size, self._owner)
+            self.dead = True
+            self.epoch += 1
 
     def without_files(self) -> Generation:
         """Return a volatile generation of the same object."""
-        return Generation(self.path, self.size, self._owner)
+        return Generation(self.path, self.size, self.owner)
 
     # How.
 
-    def _die(self) -> None:
-        self.dead = True
-        self.epoch += 1
-
     def _failure(self, doing: str, error: OSError) -> CacheError:
-        self._owner.metrics.cache_errors.inc()
+        self.owner.metrics.cache_errors.inc()
         return disk.failure(doing, self.path, error)
 
     @contextlib.contextmanager
@@ -357,12 +413,12 @@ class Generation:
         if self.row is None:
             raise CacheError(f"{self.path}: there is no place for it on the cache disk; check this disk")
         length = len(block_span(block, self.size))
-        self._owner.reserve(self.row, length)
+        self.owner.reserve(self.row, length)
         with self.lock:
             if not self.dead and block not in self.occupied:
                 self.occupied.add(block)
                 return
-        self._owner.index.change(self.row, allocated=-length)  # another thread was faster
+        self.owner.index.change(self.row, allocated=-length)  # another thread was faster
         self._check_alive()
 
     def _check_alive(self) -> None:
@@ -376,7 +432,7 @@ class Generation:
         self.blocks[block] = Block(crc, checked=True)
         del self.arrived[block]
         if self.row is not None:
-            self._owner.index.change(self.row, present=len(block_span(block, self.size)))
+            self.owner.index.change(self.row, present=len(block_span(block, self.size)))
         if self.complete:
             with contextlib.suppress(OSError):  # only a protection against accidents
                 os.fchmod(self.data, 0o400)
@@ -390,12 +446,40 @@ class Generation:
             disk.write(self.table, memoryview(table.ABSENT), table.record_offset(block))
 
     def _make_writable(self) -> None:
-        """Open the data file of an object that was complete for writing, once."""
+        """Open the data file of an object that was complete for writing."""
         if not self.writable:
             os.fchmod(self.data, 0o600)
-            writable = os.open(f"/proc/self/fd/{self.data}", os.O_RDWR | os.O_CLOEXEC)
-            # The old descriptor stays open: a read in another thread may be using it.
-            self._superseded, self.data, self.writable = self.data, writable, True
+            self._reopen(os.O_RDWR)
+            self.writable = True
+
+    def _reopen(self, access: int) -> None:
+        """Open the data file in another way, under the same descriptor: others may be using it."""
+        fd = os.open(f"/proc/self/fd/{self.data}", access | os.O_CLOEXEC)
+        self._become(fd)
+
+    def _become(self, fd: int) -> None:
+        """Let the descriptor of the data file stand for what `fd` does, which is closed."""
+        try:
+            os.dup2(fd, self.data, inheritable=False)
+        finally:
+            os.close(fd)
+
+    def _unseal(self) -> int:
+        """Put a new data file in the place of a sealed one, all of whose blocks are gone; return bytes freed.
+
+        Who reads the old one through a loan goes on.
+        """
+        if self.row is None:
+            return 0
+        self.path.unlink(missing_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.ftruncate(fd, self.size)
+        self._become(fd)
+        self.sealed, self.writable = False, True
+        self.occupied.clear()
+        freed = self.row.allocated - table.footprint(self.size)
+        self.owner.index.change(self.row, allocated=-freed)
+        return freed
 
     def _release(self, block: int) -> int:
         """Give the space of `block` back; return how much that is."""
@@ -403,115 +487,12 @@ class Generation:
             return 0
         self.occupied.remove(block)
         length = len(block_span(block, self.size))
-        self._owner.index.change(self.row, allocated=-length)
+        self.owner.index.change(self.row, allocated=-length)
         return length
 
 
 def _again(count: int) -> str:
     return "it will be fetched again" if count == 1 else f"{count} blocks will be fetched again"
-
-
-def create(stem: Path, size: int, owner: Owner) -> Generation:
-    """Return a generation without blocks, its files in place of any that were there.
-
-    If the disk refuses (it is full, broken, gone, or has no files of this size) the generation is volatile.
-    """
-    key, path = stem.name, stem.with_suffix(".data")
-    now = Generation(path, size, owner)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        if size > 2**63 - 1:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        stem.parent.mkdir(mode=0o700, exist_ok=True)
-        remove(stem)
-        try:
-            now.data = os.open(path, flags, 0o600 if size else 0o400)
-            now.writable = True
-            os.ftruncate(now.data, size)
-            now.table = os.open(stem.with_suffix(".table"), flags, 0o600)
-            disk.write(now.table, memoryview(table.header(size, verified=False)), 0)
-        except OSError:
-            remove(stem)
-            raise
-    except OSError as error:
-        owner.metrics.cache_errors.inc()
-        _log.warning("%s", disk.failure("make a file in the cache", path, error))
-        owner.index.forget(key)
-        return Generation(path, size, owner)
-    now.row = owner.index.put(key, size=size, present=0, allocated=table.footprint(size), trusted=True)
-    return now
-
-
-def load(stem: Path, size: int, owner: Owner, *, used: bool = True) -> Generation:
-    """Return the generation whose files are there; without blocks if there are none or they are damaged.
-
-    Unless that is for it to be `used`, its place in the order of eviction stays.
-    """
-    row = owner.index.get(stem.name)
-    now = Generation(stem.with_suffix(".data"), size, owner)
-    try:
-        _open_files(now, stem, trusted=row is not None and row.trusted)
-    except FileNotFoundError:
-        return create(stem, size, owner)
-    except ValueError as error:
-        owner.metrics.cache_errors.inc()
-        _log.warning("%s: %s; it is removed from the cache", stem, error)
-        return create(stem, size, owner)
-    except OSError as error:
-        owner.metrics.cache_errors.inc()
-        _log.warning("%s", disk.failure("open a file in the cache", stem, error))
-        return Generation(now.path, size, owner)
-    present = table.present_bytes(now.blocks, size)
-    allocated = present + table.footprint(size)
-    now.row = owner.index.put(
-        stem.name,
-        size=size,
-        present=present,
-        allocated=allocated,
-        trusted=not now.unchecked,
-        used=used,
-    )
-    return now
-
-
-def remove(stem: Path) -> None:
-    """Remove the files of an object; the table first, for data without a table is nothing."""
-    stem.with_suffix(".table").unlink(missing_ok=True)
-    stem.with_suffix(".data").unlink(missing_ok=True)
-
-
-def _open_files(now: Generation, stem: Path, *, trusted: bool) -> None:
-    """Open the files of `now` and take in what the table says; ValueError if that cannot be used."""
-    now.table, _ = _open(stem.with_suffix(".table"))
-    content = table.parse(os.pread(now.table, os.fstat(now.table).st_size, 0))
-    if content.size != now.size:
-        raise ValueError(f"it has {content.size} bytes instead of {now.size}")
-    now.data, now.writable = _open(now.path, writable=not content.complete)
-    facts = os.fstat(now.data)
-    if facts.st_size != now.size:
-        raise ValueError("its data file has the wrong size")
-    now.verified = content.verified
-    now.blocks = {block: Block(crc, checked=trusted) for block, crc in content.crcs.items()}
-    now.unchecked = 0 if trusted else len(now.blocks)
-    now.occupied = set(now.blocks)
-    if now.writable and facts.st_blocks * 512 > table.present_bytes(now.blocks, now.size):
-        # Blocks that were being written when the last session ended use space that nothing accounts for.
-        last = -1
-        for block in [*sorted(now.blocks), block_count(now.size)]:
-            if block > last + 1:
-                disk.punch(now.data, (last + 1) * BLOCK, (block - last - 1) * BLOCK)
-            last = block
-
-
-def _open(path: Path, *, writable: bool = True) -> tuple[int, bool]:
-    flags = os.O_CLOEXEC | os.O_NOFOLLOW
-    if writable:
-        try:
-            return os.open(path, os.O_RDWR | flags), True
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
-    return os.open(path, os.O_RDONLY | flags), False  # a disk gone read-only still serves what it has
 
 
 def merged(spans: Iterable[Span], new: Span) -> tuple[Span, ...]:

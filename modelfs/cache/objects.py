@@ -6,10 +6,11 @@ The concurrency argument is in the docstring of :mod:`modelfs.cache`.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable
 
-from modelfs.cache import disk
+from modelfs.cache import disk, files
 from modelfs.cache.audit import Audit
 from modelfs.cache.generation import Generation
 from modelfs.errors import CacheError
@@ -221,7 +222,7 @@ class CacheObject:
         with self._guard:
             old, self._now = self._now, self._now.without_files()
             if old.row is not None:
-                self._now = old.replace()
+                self._now = files.replaced(old)
 
     # Opening, lending and closing.
 
@@ -248,9 +249,13 @@ class CacheObject:
                     raise CacheError(
                         f"{self.path}: not all of it is here and checked; read it through the cache"
                     )
+                try:
+                    fd = os.dup(now.data)
+                except OSError as error:
+                    raise CacheError(f"{self.path}: cannot be lent: {error.strerror}") from error
                 now.lent += 1
             self._refs += 1
-        return Loan(self, now)
+        return Loan(self, now, fd)
 
     def close(self) -> None:
         """Give the object back; who closes it last ends it.
@@ -316,20 +321,22 @@ class Place:
 class Loan:
     """The data file of a complete object, lent to somebody who reads it without the cache."""
 
-    def __init__(self, item: CacheObject, generation: Generation) -> None:
+    def __init__(self, item: CacheObject, generation: Generation, fd: int) -> None:
         self._item = item
         self._generation: Generation | None = generation
+        self._fd = fd
 
     def fileno(self) -> int:
         """Return the descriptor of the data file, valid until :meth:`close`."""
         if self._generation is None:
             raise ValueError("the loan is closed")
-        return self._generation.data
+        return self._fd
 
     def close(self) -> None:
         """End the loan, in a thread: it may close the object. Closing again does nothing."""
         generation, self._generation = self._generation, None
         if generation is not None:
+            os.close(self._fd)
             with generation.lock:
                 generation.lent -= 1
             self._item.close()

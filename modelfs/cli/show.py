@@ -79,7 +79,11 @@ def status(out: Console, data: Mapping[str, Any], now: float | None = None) -> N
     unclean = ", checking blocks after an unclean stop" if cache["unclean_start"] else ""
     held = f"{size(cache['used'])} of {size(cache['limit'])} in {_counted(cache['objects'], 'object')}"
     out.print(f"  cache      {held}, {size(cache['free'])} free, {printable(cache['directory'])}{unclean}")
-    if "scrub" in cache:  # an older daemon does not tell
+    if "verity" in cache:  # an older daemon does not tell
+        why = f"off: {cache['verity']['why']}"
+        on = "on: the kernel checks complete files with a published digest at every read"
+        out.print(f"  fs-verity  {on if cache['verity']['available'] else why}")
+    if "scrub" in cache:
         out.print(f"  scrub      {_scrub(cache['scrub'], now)}")
     hits = "" if reads["hit_ratio"] is None else f", {reads['hit_ratio']:.0%} of it cached before"
     handles = _counted(data["open_handles"], "open file")
