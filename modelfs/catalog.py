@@ -16,7 +16,7 @@ import trio
 
 from modelfs import __version__
 from modelfs.cache import Cache
-from modelfs.errors import ConfigError, NotFound, NotLocked, StoreError
+from modelfs.errors import BadAnswer, ConfigError, NotFound, NotLocked, StoreError
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.planner import following
 from modelfs.fetch.reader import Reader
@@ -25,9 +25,26 @@ from modelfs.fetch.source import Source, retrying
 from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
 from modelfs.screen import Screen
+from modelfs.snapshots import Snapshots
 from modelfs.stores import Options, open_store
-from modelfs.tree import METADATA, Change, Directory, File, Node, Text, Tree, grow, inode, leaf, metadata
-from modelfs.types import Entry, PicklePolicy, Snapshot
+from modelfs.tree import (
+    METADATA,
+    Branch,
+    Change,
+    Directory,
+    File,
+    Folder,
+    Node,
+    Text,
+    Tree,
+    difference,
+    grow,
+    inode,
+    leaf,
+    metadata,
+    numbers,
+)
+from modelfs.types import Entry, PicklePolicy, Snapshot, entry_fault
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +52,10 @@ RESOLVE_SECONDS = 60.0
 """How long resolving a model is retried before the mount says that it cannot be resolved."""
 
 PATIENCE = 3.0
-"""Seconds a start waits for a store before it goes on with the snapshot on disk, or without the model."""
+"""Seconds a start waits for a store before it goes on without the model."""
+
+CONFIRM_SECONDS = 0.3
+"""Seconds a start waits for a store before it goes on with the snapshot on disk."""
 
 RETRY_SECONDS = 15.0
 """How often an unavailable model is tried again."""
@@ -170,6 +190,7 @@ class Catalog:
         self.tree = tree
         self.models: dict[str, Model] = {}
         self._cache = cache
+        self._snapshots = Snapshots(cache)
         self._fetcher = fetcher
         self._metrics = metrics
         self._options_for = options_for
@@ -209,15 +230,15 @@ class Catalog:
         """Show the on-demand namespace of `pattern`, one of `NAMESPACES`, and find what it `permits`."""
         name = pattern.partition("/")[0]
         if not any(known.partition("/")[0] == name for known in self._namespaces):
-            self.tree.put((name,), Directory(inode(name, "", "namespace"), resolver=NAMESPACES[name](name)))
+            self.tree.put((name,), Folder(inode(name, "", "namespace"), resolver=NAMESPACES[name](name)))
         self._namespaces.append(pattern)
 
     async def start(self, nursery: trio.Nursery, *, keep_going: bool, at_once: bool = False) -> None:
         """Resolve all models and show them; return when each is ready or may be missing.
 
         A model that may be missing is retried for `PATIENCE` seconds only, and later by `run`. One with a
-        snapshot on disk waits for its store as long; with `at_once` not at all, and what was found on
-        demand is shown again: the kernel knows the nodes of these snapshots.
+        snapshot on disk waits `CONFIRM_SECONDS` for its store; with `at_once` not at all, and what was found
+        on demand is shown again: the kernel knows the nodes of these snapshots.
 
         Raises:
             StoreError: a model that is not optional cannot be resolved and has no snapshot on disk; the
@@ -225,7 +246,7 @@ class Catalog:
 
         """
         nursery.start_soon(self._screen.run)
-        patience = 0.0 if at_once else PATIENCE
+        patience = 0.0 if at_once else CONFIRM_SECONDS
         await (self._find_again() if at_once else self._remember_found())
         async with trio.open_nursery() as starting:
             for model in list(self.models.values()):
@@ -238,6 +259,8 @@ class Catalog:
                 )
         self._publish([])
         await self._pin()
+        if at_once:
+            await self._expect()
 
     async def run(self, every: float) -> None:
         """Refresh all models every `every` seconds (0: never), unavailable ones more often; never returns."""
@@ -307,8 +330,9 @@ class Catalog:
             model.snapshot, model.resolved_at = saved
             model.offline, model.state = True, "ready"
             if patience:
-                why = model.why or "its store is slow"
-                log.warning("%s: using the snapshot on disk, %s", model.name, why)
+                why = model.why or "its store has yet to answer"
+                level = logging.WARNING if model.why else logging.INFO
+                log.log(level, "%s: using the snapshot on disk, %s", model.name, why)
             self._show(model)
         if not patience:
             nursery.start_soon(resolve)
@@ -319,14 +343,13 @@ class Catalog:
             store = model.source.store
             snapshot = await retrying(store.snapshot, trio.current_time() + seconds)
             self._metrics.resolutions.labels(model.source.scheme).inc()
-            if self._lock is not None:
-                snapshot = self._lock.hold(model.name, snapshot)
+            snapshot = await trio.to_thread.run_sync(self._held, model.name, snapshot)
             known = model.snapshot
             model.why, model.state, model.offline = None, "ready", False
             model.resolved_at = time.time()
             if known is None or known.revision != snapshot.revision or known.entries != snapshot.entries:
                 model.snapshot = snapshot
-                await self._save(model, known)  # first: a successor must know what the kernel has seen
+                await self._save(model)  # first: a successor must know what the kernel has seen
                 log.info(
                     "%s: %s at %s, %d entries",
                     model.name,
@@ -336,30 +359,55 @@ class Catalog:
                 )
                 for path, reason in snapshot.rejected:
                     log.warning("%s: %r is not shown: %s", model.name, path, reason)
-                self._show(model)
+                self._show(model, await self._differing(model))
                 if model.pinned:
                     await self._pin()
 
     async def _pin(self) -> None:
         """Keep what is cached of the pinned models, at the snapshots that are shown now, from eviction."""
-        keys = {
-            model.source.key(entry)
+        shown = [
+            (model.source, model.snapshot)
             for model in self.models.values()
             if model.pinned and model.snapshot is not None
-            for entry in model.snapshot.entries.values()
-            if entry.kind == "file"
-        }
-        await trio.to_thread.run_sync(self._cache.pin, keys)
+        ]
 
-    def _show(self, model: Model) -> None:
+        def pin() -> None:
+            self._cache.pin(
+                source.key(entry)
+                for source, snapshot in shown
+                for entry in snapshot.entries.values()
+                if entry.kind == "file"
+            )
+
+        await trio.to_thread.run_sync(pin)
+
+    async def _differing(self, model: Model) -> list[Change] | None:
+        """Return what is another in the model's snapshot than in what is shown; None if nothing is shown."""
+        node = self.tree.root.at(model.name.split("/"))
+        if not isinstance(node, Branch) or model.snapshot is None:
+            return None
+        return await trio.to_thread.run_sync(
+            difference, model.name, node.shown.listing, model.snapshot.listing
+        )
+
+    def _show(self, model: Model, differing: list[Change] | None = None) -> None:
         if model.snapshot is None:
             return
-        resolver = None if model.snapshot.complete else _Entries(model, "")
-        changes = self.tree.put(
-            tuple(model.name.split("/")), grow(model.name, model.snapshot, model, resolver)
-        )
+        node: Node
+        if model.snapshot.complete:
+            node = grow(model.name, model.snapshot, model)
+        else:
+            node = Folder(inode(model.name, "", "directory"), resolver=_Entries(model, ""))
+        changes = self.tree.put(tuple(model.name.split("/")), node, differing)
         self._absent.clear()
         self._publish(changes)
+
+    async def _expect(self) -> None:
+        """Answer for everything that an earlier daemon may have told the kernel."""
+        for model in self.models.values():
+            node = self.tree.root.at(model.name.split("/"))
+            if isinstance(node, Branch):
+                self.tree.expect(node, await trio.to_thread.run_sync(numbers, node))
 
     def _publish(self, changes: list[Change]) -> None:
         rows = [
@@ -381,30 +429,26 @@ class Catalog:
 
     # -- snapshots on disk -----------------------------------------------------------------------------
 
-    def _saved_key(self, model: Model) -> str:
-        return f"snapshot {model.source.identity}"
-
     async def _load(self, model: Model) -> tuple[Snapshot, float] | None:
-        saved = await trio.to_thread.run_sync(self._cache.get_meta, self._saved_key(model))
+        saved = await trio.to_thread.run_sync(self._snapshots.load, model.source.identity)
         if saved is None:
             return None
+        snapshot, resolved_at = saved
         try:
-            snapshot = Snapshot.from_json(saved["snapshot"])
-            if self._lock is not None:
-                snapshot = self._lock.hold(model.name, snapshot)
-            return snapshot, float(saved["resolved_at"])
-        except (ValueError, KeyError, TypeError, NotLocked) as error:
+            return await trio.to_thread.run_sync(self._held, model.name, snapshot), resolved_at
+        except NotLocked as error:
             log.warning("%s: the snapshot on disk cannot be used: %s", model.name, error)
             return None
 
-    async def _save(self, model: Model, before: Snapshot | None) -> None:
-        if model.snapshot is None:
-            return
-        if before is not None:
-            past = {"snapshot": before.to_json()}
-            await trio.to_thread.run_sync(self._cache.set_meta, f"past {self._saved_key(model)}", past)
-        data = {"snapshot": model.snapshot.to_json(), "resolved_at": model.resolved_at}
-        await trio.to_thread.run_sync(self._cache.set_meta, self._saved_key(model), data)
+    def _held(self, name: str, snapshot: Snapshot) -> Snapshot:
+        """Return `snapshot`, held to the lock if there is one: NotLocked if it is not what the lock says."""
+        return (snapshot if self._lock is None else self._lock.hold(name, snapshot)).packed()
+
+    async def _save(self, model: Model) -> None:
+        if model.snapshot is not None:
+            await trio.to_thread.run_sync(
+                self._snapshots.save, model.source.identity, model.snapshot, model.resolved_at or 0.0
+            )
 
     async def recall(self, inos: set[int]) -> None:
         """Let the tree know nodes again that left it before this process began, as far as they are on disk.
@@ -413,14 +457,16 @@ class Catalog:
         """
         for model in self.models.values():
             missing = {ino for ino in inos if self.tree.node(ino) is None}
-            key = f"past {self._saved_key(model)}"
-            past = await trio.to_thread.run_sync(self._cache.get_meta, key) if missing else None
-            if past is None:
-                continue
-            for entry in Snapshot.from_json(past["snapshot"]).entries.values():
-                node = leaf(model.name, entry, model) if entry.kind != "directory" else None
-                if node is not None and node.ino in missing:
+            if missing:
+                for node in await trio.to_thread.run_sync(self._past, model, missing):
                     self.tree.remember(node)
+
+    def _past(self, model: Model, inos: set[int]) -> list[Node]:
+        """Return those files of the snapshot before the present one that have these numbers."""
+        past = self._snapshots.past(model.source.identity)
+        entries = past.entries.values() if past else ()
+        nodes = (leaf(model.name, entry, model) for entry in entries if entry.kind != "directory")
+        return [node for node in nodes if node.ino in inos]
 
     async def _remember_found(self) -> None:
         """Note what was found on demand, for a successor."""
@@ -436,7 +482,7 @@ class Catalog:
             directory = self.tree.root
             for parent in path.split("/")[:-1]:
                 child = directory.children.get(parent) or await self._find(directory, parent)
-                if not isinstance(child, Directory):
+                if not isinstance(child, Folder):
                     break
                 directory = child
             else:
@@ -451,6 +497,8 @@ class Catalog:
             StoreError: the store failed to say whether there is such a name.
 
         """
+        if not isinstance(parent, Folder):
+            return None
         if not isinstance(parent.resolver, _Entries):
             path = _path_in(parent.resolver, name)
             if path is None or not permits(self._namespaces, path):
@@ -476,12 +524,12 @@ class Catalog:
             if not lock.locked():
                 self._resolving.pop(key, None)
 
-    async def _find(self, parent: Directory, name: str) -> Node | None:
+    async def _find(self, parent: Folder, name: str) -> Node | None:
         match parent.resolver:
             case _Organisations(namespace):
                 path = f"{namespace}/{name}"
                 resolver = _Names(path, f"{namespace}://{name}/")
-                node = Directory(inode(path, "", "path"), parent.mtime, resolver=resolver)
+                node = Folder(inode(path, "", "path"), parent.mtime, resolver=resolver)
                 return self.tree.adopt(parent, name, node)
             case _Names(path, url):
                 return await self._find_model(parent, name, f"{path}/{name}", f"{url}{name}")
@@ -490,7 +538,7 @@ class Catalog:
             case unknown:
                 raise TypeError(f"not a resolver: {unknown!r}")
 
-    async def _find_model(self, parent: Directory, name: str, path: str, url: str) -> Node | None:
+    async def _find_model(self, parent: Folder, name: str, path: str, url: str) -> Node | None:
         if url.startswith("s3://"):
             url += "/"
         try:
@@ -514,13 +562,15 @@ class Catalog:
         await self._remember_found()
         return parent.children.get(name)
 
-    async def _find_entry(self, parent: Directory, name: str, model: Model) -> Node:
+    async def _find_entry(self, parent: Folder, name: str, model: Model) -> Node:
         prefix = parent.resolver.prefix
         entry = await model.source.store.entry(f"{prefix}{name}")
+        if fault := entry_fault(entry):
+            raise BadAnswer(f"{model.source.url}: {entry.path!r} is not shown: {fault}")
         node: Node
         if entry.kind == "directory":
             resolver = _Entries(model, f"{prefix}{name}/")
-            node = Directory(inode(model.name, entry.path, "directory"), entry.mtime, resolver=resolver)
+            node = Folder(inode(model.name, entry.path, "directory"), entry.mtime, resolver=resolver)
         else:
             node = leaf(model.name, entry, model)
         return self.tree.adopt(parent, name, node)
@@ -578,10 +628,10 @@ class Catalog:
             found["user.modelfs.pickle"] = lambda: imports.suspicion or "harmless"
         return found
 
-    def report(self, model: Model) -> dict[str, Any]:
+    async def report(self, model: Model) -> dict[str, Any]:
         """Return what ``modelfs status`` says about a model."""
         snapshot = model.snapshot
-        entries = list(snapshot.entries.values()) if snapshot else []
+        sums = await trio.to_thread.run_sync(self._sums, model.source, snapshot) if snapshot else {}
         return {
             "name": model.name,
             "source": model.source.url,
@@ -590,14 +640,22 @@ class Catalog:
             "revision": snapshot.revision if snapshot else None,
             "resolved_at": model.resolved_at,
             "offline": model.offline,
-            "files": sum(entry.kind == "file" for entry in entries),
-            "size": sum(entry.size for entry in entries),
-            "cached_bytes": sum(self.cached_bytes(model, entry) for entry in entries if entry.kind == "file"),
+            "files": snapshot.listing.totals.files if snapshot else 0,
+            "size": snapshot.size if snapshot else 0,
+            "cached_bytes": 0,
             "rejected": len(snapshot.rejected) if snapshot else 0,
             "pickles": model.pickles,
-            "suspicious": {
-                entry.path: imports.suspicion
-                for entry in entries
-                if (imports := self._screen.imports(model.source, entry)) and imports.suspicion
-            },
+            "suspicious": {},
+            **sums,
         }
+
+    def _sums(self, source: Source, snapshot: Snapshot) -> dict[str, Any]:
+        """Return what `report` says of a model's files: what is cached of them, and which look suspicious."""
+        cached, suspicious = 0, {}
+        for entry in snapshot.entries.values():
+            if entry.kind == "file":
+                cached += self._cache.cached_bytes(source.key(entry), entry.size)
+                imports = self._screen.imports(source, entry)
+                if imports is not None and imports.suspicion:
+                    suspicious[entry.path] = imports.suspicion
+        return {"cached_bytes": cached, "suspicious": suspicious}

@@ -8,8 +8,9 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -17,7 +18,6 @@ from modelfs import __version__, control
 from modelfs.cache import Cache
 from modelfs.catalog import Catalog
 from modelfs.config import Settings, options_for
-from modelfs.control.app import Tell, Work, serve
 from modelfs.errors import MountError, unwrapped
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
@@ -31,13 +31,19 @@ from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
 from modelfs.tree import Change, Tree
 
+if TYPE_CHECKING:
+    from modelfs.control.app import Tell, Work
+
 log = logging.getLogger(__name__)
+
+Ready = Callable[[dict[str, Any]], None]
+"""Is told that the tree answers, with the parts of the status that are of interest then."""
 
 DRAIN_SECONDS = 10.0
 """How long open files are served after the daemon was asked to stop."""
 
 
-def run(settings: Settings, *, ready: Callable[[], None], held: Held | None = None) -> bool:
+def run(settings: Settings, *, ready: Ready, held: Held | None = None) -> bool:
     """Mount, call `ready` when the tree answers, and serve until it is unmounted or SIGTERM or SIGINT comes.
 
     Args:
@@ -59,7 +65,7 @@ def run(settings: Settings, *, ready: Callable[[], None], held: Held | None = No
         raise unwrapped(group) from None
 
 
-async def _main(settings: Settings, ready: Callable[[], None], held: Held | None) -> bool:
+async def _main(settings: Settings, ready: Ready, held: Held | None) -> bool:
     metrics = Metrics()
     place = mountpoint.canonical(settings.mountpoint)
     if not (held and held.mounted):
@@ -144,7 +150,7 @@ class Daemon:
         if self._transport is not None and changes:
             self._nursery.start_soon(self._transport.invalidate, changes)
 
-    async def serve(self, ready: Callable[[], None]) -> bool:
+    async def serve(self, ready: Ready) -> bool:
         """Mount and serve until the end; see :func:`run`."""
         settings = self._settings
         for model in settings.models:
@@ -182,7 +188,7 @@ class Daemon:
                 if settings.scrub:
                     nursery.start_soon(self._scrubber.run)
                 nursery.start_soon(self._stop_when_asked, nursery.cancel_scope)
-                nursery.start_soon(self._announce, nursery, ready)
+                nursery.start_soon(self._announce, ready)
                 await self._transport.run()
                 log.info("left %s to a successor" if self._left else "unmounted from %s", self._place)
                 nursery.cancel_scope.cancel()
@@ -192,15 +198,29 @@ class Daemon:
             self._transport.close(unmount=lost)
         return self._left
 
-    async def _announce(self, nursery: trio.Nursery, ready: Callable[[], None]) -> None:
+    async def _announce(self, ready: Ready) -> None:
         """Say that the mount is there once it answers; a thread asks, because this loop has to answer."""
         await trio.to_thread.run_sync(mountpoint.check_answers, self._place)
         mount = mountpoint.mount_at(self._place)
         if mount is not None:
             await trio.to_thread.run_sync(tune, mount.device)
-        await nursery.start(serve, self, control.socket_path(self._place))
-        self._serving = True
-        ready()
+        with control.announced(control.socket_path(self._place), self._record()) as listener:
+            self._serving = True
+            ready(self._summary())
+            # Only now: a web server takes longer to import than a mount to make.
+            app = await trio.to_thread.run_sync(import_module, "modelfs.control.app")
+            await app.serve(self, listener)
+
+    def _record(self) -> control.Record:
+        return control.Record(self._place, os.getpid(), self._started, __version__)
+
+    def _summary(self) -> dict[str, Any]:
+        models = self._catalog.models.values()
+        return {
+            "mountpoint": str(self._place),
+            "models": [{"name": model.name, "state": model.state, "why": model.why} for model in models],
+            "namespaces": list(self._settings.namespaces),
+        }
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -247,7 +267,7 @@ class Daemon:
 
     async def refresh(self, model: str | None) -> dict[str, Any]:
         """Resolve one model, or all, now; return their status."""
-        return {"models": [self._catalog.report(m) for m in await self._catalog.refresh(model)]}
+        return {"models": [await self._catalog.report(m) for m in await self._catalog.refresh(model)]}
 
     def verification(self, model: str | None) -> Work:
         """Return what reads the cached content of `model`, or all of it, again; see `control.app.Daemon`."""
@@ -262,7 +282,7 @@ class Daemon:
 
         return work
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """Return the document of docs/status.md."""
         settings, value = self._settings, self.metrics.value
         read, hit = value("modelfs_read_bytes_total"), value("modelfs_hit_bytes_total")
@@ -283,7 +303,7 @@ class Daemon:
             "lock": str(settings.lock) if settings.locked else None,
             "config": str(settings.source_file) if settings.source_file else None,
             "log": str(settings.log_file) if settings.log_file else None,
-            "models": [self._catalog.report(model) for model in self._catalog.models.values()],
+            "models": [await self._catalog.report(model) for model in list(self._catalog.models.values())],
             "namespaces": list(settings.namespaces),
             "cache": {
                 "directory": str(self._cache.directory),

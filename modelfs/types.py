@@ -7,25 +7,21 @@ half-open.
 from __future__ import annotations
 
 import base64
-import hashlib
-import os
-import re
-import struct
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any, Literal
 
-import crc32c as _crc32c
+from modelfs.digest import Algorithm as Algorithm
+from modelfs.digest import Digest as Digest
+from modelfs.digest import Hasher as Hasher
+from modelfs.digest import crc32c as crc32c
+from modelfs.listing import CONTROL, Listing, Totals, in_order, parents
+from modelfs.listing import Entry as Entry
+from modelfs.listing import path_fault as path_fault
 
 BLOCK = 8 * 1024 * 1024
 """Bytes in one block, the unit of fetching and caching; the last block of an object is shorter."""
-
-MAX_NAME = 255
-"""Longest name of one path component in bytes: ``NAME_MAX`` of Linux file systems."""
-
-MAX_PATH = 4095
-"""Longest path in bytes: ``PATH_MAX`` without the terminating NUL."""
 
 
 PicklePolicy = Literal["allow", "warn", "deny"]
@@ -63,173 +59,6 @@ def block_count(size: int) -> int:
     return -(-size // BLOCK)
 
 
-class Hasher(Protocol):
-    """The part of :mod:`hashlib`'s objects that digests need."""
-
-    def update(self, data: Any, /) -> None:
-        """Take in the next bytes."""
-
-    def hexdigest(self) -> str:
-        """Return the digest of everything so far in lower-case hex."""
-
-
-class _Crc32:
-    """CRC-32 as of zlib, in the shape of a hash object; S3 calls it ``CRC32``."""
-
-    def __init__(self) -> None:
-        self._value = 0
-
-    def update(self, data: Any, /) -> None:
-        self._value = zlib.crc32(data, self._value)
-
-    def hexdigest(self) -> str:
-        return f"{self._value:08x}"
-
-
-class _Crc32c:
-    """CRC-32C (Castagnoli), in the shape of a hash object; S3 and GCS call it ``CRC32C``."""
-
-    def __init__(self) -> None:
-        self._value = 0
-
-    def update(self, data: Any, /) -> None:
-        self._value = crc32c(data, self._value)
-
-    def hexdigest(self) -> str:
-        return f"{self._value:08x}"
-
-
-def crc32c(data: Any, value: int = 0) -> int:
-    """Return the CRC-32C of `data` (any buffer), continuing from `value`; long buffers release the GIL."""
-    return _crc32c.crc32c(data, value)
-
-
-Algorithm = Literal["sha256", "sha512", "sha1", "md5", "git-sha1", "crc32", "crc32c"]
-
-_HEX_LENGTH: Mapping[str, int] = {
-    "sha256": 64,
-    "sha512": 128,
-    "sha1": 40,
-    "md5": 32,
-    "git-sha1": 40,
-    "crc32": 8,
-    "crc32c": 8,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    r"""What a store publishes about the content of one object, written ``algorithm:hex``.
-
-    ``git-sha1`` is the id of a git blob: SHA-1 over ``blob SIZE\0`` and the content
-    (https://git-scm.com/book/en/v2/Git-Internals-Git-Objects).
-    """
-
-    algorithm: Algorithm
-    value: str
-
-    def __post_init__(self) -> None:
-        length = _HEX_LENGTH.get(self.algorithm)
-        if length is None or not re.fullmatch(rf"[0-9a-f]{{{length}}}", self.value):
-            raise ValueError(f"not a digest: {self.algorithm}:{self.value[:140]}")
-
-    def __str__(self) -> str:
-        return f"{self.algorithm}:{self.value}"
-
-    @classmethod
-    def parse(cls, text: str) -> Digest:
-        """Return the digest written ``algorithm:hex``.
-
-        Raises:
-            ValueError: if `text` is not of that form.
-
-        """
-        algorithm, _, value = text.partition(":")
-        return cls(algorithm, value.lower())  # type: ignore[arg-type]  # __post_init__ checks it
-
-    def hasher(self, size: int) -> Hasher:
-        """Return a fresh hash object of this algorithm for content of `size` bytes."""
-        match self.algorithm:
-            case "crc32":
-                return _Crc32()
-            case "crc32c":
-                return _Crc32c()
-            case "git-sha1":
-                hasher = hashlib.sha1(usedforsecurity=False)
-                hasher.update(b"blob %d\0" % size)
-                return hasher
-            case algorithm:
-                return hashlib.new(algorithm, usedforsecurity=False)
-
-
-def path_fault(path: str) -> str | None:
-    """Return why `path` must not appear in a tree, or None if it may.
-
-    Paths come from strangers. Accepted are relative POSIX paths without empty, ``.`` or ``..``
-    components, NUL or other control characters, that Linux can name (255 bytes a component, 4095 in all).
-    """
-    try:
-        raw = os.fsencode(path)
-    except UnicodeEncodeError:
-        return "it is not valid text"
-    if not raw:
-        return "the name is empty"
-    if len(raw) > MAX_PATH:
-        return f"the path is longer than {MAX_PATH} bytes"
-    if any(byte < 0x20 or byte == 0x7F for byte in raw):
-        return "it holds a control character"
-    for part in raw.split(b"/"):
-        if part in (b"", b".", b".."):
-            return f"it holds the component {part.decode()!r}"
-        if len(part) > MAX_NAME:
-            return f"a component is longer than {MAX_NAME} bytes"
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One file, directory or symbolic link of a snapshot.
-
-    Attributes:
-        path: relative to the model's root, ``/``-separated.
-        size: bytes; 0 for directories.
-        version: opaque name of this very content at its store (ETag, blob id, generation …). Two entries
-            of one store and path with the same version have the same bytes.
-        digest: what the store publishes about the content, if it does.
-        mtime: seconds since the epoch; part of the snapshot, hence stable.
-        kind: what it is. Directories need no entry of their own unless they are empty.
-        target: of a symbolic link, relative and inside the model.
-
-    """
-
-    path: str
-    size: int = 0
-    version: str = ""
-    digest: Digest | None = None
-    mtime: float = 0.0
-    kind: Literal["file", "directory", "symlink"] = "file"
-    target: str = ""
-
-    def to_json(self) -> list[Any]:
-        """Return a compact form for the metadata cache; `from_json` reverses it."""
-        digest = str(self.digest) if self.digest else ""
-        return [self.path, self.size, self.version, digest, self.mtime, self.kind, self.target]
-
-    @classmethod
-    def from_json(cls, row: list[Any]) -> Entry:
-        """Return the entry that `to_json` wrote.
-
-        Raises:
-            ValueError: if `row` was not written by `to_json`.
-
-        """
-        path, size, version, digest, mtime, kind, target = row
-        if kind not in ("file", "directory", "symlink"):
-            raise ValueError(f"not a kind of entry: {kind!r}")
-        parsed = Digest.parse(digest) if digest else None
-        return cls(str(path), int(size), str(version), parsed, float(mtime), kind, str(target))
-
-
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The immutable listing of a model at one resolved revision.
@@ -257,45 +86,58 @@ class Snapshot:
 
         Refused, each with its reason in `rejected`: unsafe paths, a path listed twice, a negative size, a
         file where another entry needs a directory, and symbolic links that leave the model.
-        An empty `revision` is derived from the listing itself.
+        An empty `revision` is derived from the listing itself. With many entries this takes a while: call it
+        in a thread.
         """
         rejected: list[tuple[str, str]] = []
         good: dict[str, Entry] = {}
-        for entry in sorted(entries, key=lambda e: e.path):
+        for entry in in_order(entries, attrgetter("path")):
             fault = path_fault(entry.path)
             if fault is None and entry.path in good:
                 fault = "the path is listed twice"
-            if fault is None and entry.size < 0:
-                fault = "its size is negative"
-            if fault is None and entry.kind == "symlink":
-                fault = _link_fault(entry)
+            if fault is None:
+                fault = entry_fault(entry)
             if fault is None:
                 good[entry.path] = entry
             else:
                 rejected.append((entry.path, fault))
-        parents = {parent for path in good for parent in _parents(path)}
-        for path in sorted(parents & good.keys()):
+        needed = {parent for path in good for parent in parents(path)}
+        for path in sorted(needed & good.keys()):
             if good[path].kind != "directory":
                 del good[path]
                 rejected.append((path, "another entry needs a directory of this name"))
-        return cls(url, revision or _fingerprint(good.values())[:40], good, tuple(rejected), complete)
+        listing = Listing.of(good.values())
+        revision = revision or listing.totals.digest.removeprefix("sha256:")[:40]
+        return cls(url, revision, listing, tuple(rejected), complete)
+
+    @property
+    def listing(self) -> Listing:
+        """The entries in the form that the tree shows."""
+        return self.entries if isinstance(self.entries, Listing) else Listing.of(self.entries.values())
 
     @property
     def size(self) -> int:
         """Bytes of all files together."""
-        return sum(entry.size for entry in self.entries.values())
+        return self.listing.totals.size
 
     @property
     def digest(self) -> str:
         """``sha256:…`` over path, size, version and digest of every entry: equal listings, equal digest."""
-        return f"sha256:{_fingerprint(self.entries.values())}"
+        return self.listing.totals.digest
+
+    def packed(self) -> Snapshot:
+        """Return this snapshot with its sums and in little memory, as `of` makes it."""
+        listing = self.listing
+        _ = listing.totals
+        return replace(self, entries=listing)
 
     def to_json(self) -> dict[str, Any]:
         """Return a form for the metadata cache; `from_json` reverses it."""
         return {
             "url": self.url,
             "revision": self.revision,
-            "entries": [entry.to_json() for entry in self.entries.values()],
+            "lines": list(self.listing.lines),
+            "totals": list(self.listing.totals),
             "rejected": [list(pair) for pair in self.rejected],
             "complete": self.complete,
         }
@@ -309,24 +151,24 @@ class Snapshot:
 
         """
         try:
-            entries = [Entry.from_json(row) for row in data["entries"]]
-            listed = cls.of(str(data["url"]), str(data["revision"]), entries, complete=bool(data["complete"]))
+            listing = Listing.checked(data["lines"], Totals(*data["totals"]))
             rejected = tuple((str(path), str(reason)) for path, reason in data["rejected"])
+            return cls(str(data["url"]), str(data["revision"]), listing, rejected, bool(data["complete"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a snapshot: {error!r}") from error
-        return cls(listed.url, listed.revision, listed.entries, rejected, listed.complete)
 
 
-def _parents(path: str) -> Iterator[str]:
-    cut = path.rfind("/")
-    while cut > 0:
-        path = path[:cut]
-        yield path
-        cut = path.rfind("/")
+def entry_fault(entry: Entry) -> str | None:
+    """Return why `entry` must not be shown, although its path may, or None if it may."""
+    if entry.size < 0:
+        return "its size is negative"
+    if CONTROL.search(entry.version):
+        return "its version holds a control character"
+    return _link_fault(entry) if entry.kind == "symlink" else None
 
 
 def _link_fault(entry: Entry) -> str | None:
-    if not entry.target or entry.target.startswith("/") or "\0" in entry.target:
+    if not entry.target or entry.target.startswith("/") or CONTROL.search(entry.target):
         return "its link target is empty, absolute or malformed"
     depth = entry.path.count("/")
     for part in entry.target.split("/"):
@@ -334,15 +176,6 @@ def _link_fault(entry: Entry) -> str | None:
         if depth < 0:
             return "its link target leaves the model"
     return None
-
-
-def _fingerprint(entries: Iterable[Entry]) -> str:
-    hasher = hashlib.sha256()
-    for entry in entries:
-        row = "\0".join((entry.path, str(entry.size), entry.version, str(entry.digest or ""), entry.target))
-        raw = row.encode("utf-8", "surrogateescape")
-        hasher.update(struct.pack("<I", len(raw)) + raw)
-    return hasher.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,10 @@ from rich.console import Console
 import modelfs
 from modelfs import cli, control
 from modelfs.cli import launch, show
-from modelfs.control.app import serve
 from modelfs.errors import CacheLocked, ConfigError, ModelfsError, MountError, NotFound, Unavailable
 from modelfs.fuse import mountpoint
 from tests.status_document import document
-from tests.test_control import FakeDaemon
+from tests.test_control import FakeDaemon, serve
 
 ROOT = Path(modelfs.__file__).parents[1]
 

@@ -21,7 +21,8 @@ import trio
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from modelfs import control
-from modelfs.control.app import Tell, Work, serve
+from modelfs.control import app
+from modelfs.control.app import Tell, Work
 from modelfs.control.runtime import Record, listening, write_record
 from modelfs.errors import CacheError, Corrupt, ModelfsError, MountError, NotFound
 from modelfs.metrics import Metrics
@@ -41,17 +42,26 @@ class FakeDaemon:
         self.broken: Exception | None = None
         self.go_on = trio.Event()
         self.broken_off = threading.Event()
-        self._status = document(mountpoint=mountpoint, pid=os.getpid())
+        self.document = document(mountpoint=mountpoint, pid=os.getpid())
 
-    def status(self) -> dict[str, Any]:
-        return self._status
+    def record(self) -> control.Record:
+        return control.Record(
+            Path(self.document["mountpoint"]),
+            self.document["pid"],
+            self.document["started"],
+            self.document["modelfs"],
+        )
+
+    async def status(self) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        return self.document
 
     async def refresh(self, model: str | None) -> dict[str, Any]:
         await trio.lowlevel.checkpoint()
         if self.failure is not None:
             raise self.failure
         self.asked.append(model)
-        return {"models": self._status["models"]}
+        return {"models": self.document["models"]}
 
     def verification(self, model: str | None) -> Work:
         if self.failure is not None:
@@ -74,6 +84,14 @@ class FakeDaemon:
         self.stopped.set()
 
 
+async def serve(
+    daemon: FakeDaemon, path: Path, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Be found, and serve, as a daemon does."""
+    with control.announced(path, daemon.record()) as listener:
+        await app.serve(daemon, listener, task_status=task_status)
+
+
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "run"
@@ -86,7 +104,7 @@ def serving(talk: Callable[[Path], T], daemon: FakeDaemon | None = None) -> T:
     own = daemon or FakeDaemon()
 
     async def main() -> T:
-        path = control.socket_path(Path(own.status()["mountpoint"]))
+        path = control.socket_path(own.record().mountpoint)
         async with trio.open_nursery() as nursery:
             await nursery.start(serve, own, path)
             with trio.fail_after(20):
@@ -106,7 +124,7 @@ def http(path: Path, method: str, url: str, **more: Any) -> httpx.Response:
 
 
 def test_the_status_is_the_daemons_document() -> None:
-    assert serving(lambda path: control.ControlClient(path).status()) == FakeDaemon().status()
+    assert serving(lambda path: control.ControlClient(path).status()) == FakeDaemon().document
 
 
 def test_a_refresh_names_one_model_or_all() -> None:
@@ -221,7 +239,7 @@ def test_socket_and_record_are_removed_at_the_end(runtime: Path) -> None:
 
 def test_the_socket_of_a_daemon_that_was_detached_is_taken_over() -> None:
     old, new = FakeDaemon(), FakeDaemon()
-    new.status()["pid"] = 5
+    new.document["pid"] = 5
 
     async def succession() -> dict[str, Any]:
         path = control.socket_path(Path("/models"))
@@ -351,8 +369,7 @@ def test_what_a_killed_daemon_left_is_skipped_and_removed(runtime: Path) -> None
         import sys, trio
         from pathlib import Path
         from modelfs import control
-        from modelfs.control.app import Tell, Work, serve
-        from tests.test_control import FakeDaemon
+        from tests.test_control import FakeDaemon, serve
 
         async def main():
             path = control.socket_path(Path("/killed"))

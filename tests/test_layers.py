@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"fuse"},
     {"catalog"},
+    {"snapshots"},
     {"tree", "lockfile"},
     {"screen"},
     {"views"},
@@ -24,6 +25,8 @@ LAYERS: list[set[str]] = [
     {"cache", "stores"},
     {"metrics", "pickles"},
     {"types"},
+    {"listing"},
+    {"digest"},
     {"errors"},
 ]
 # Not part of the daemon: may use everything, and nothing may use it.

@@ -9,7 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from modelfs.tree import Change, Directory, File, Link, Node, Text, Tree, grow, inode, metadata
+from modelfs.tree import (
+    Branch,
+    Change,
+    Directory,
+    File,
+    Link,
+    Node,
+    Text,
+    Tree,
+    grow,
+    inode,
+    metadata,
+    numbers,
+)
 from modelfs.types import Entry, Snapshot
 
 NAMES = st.sampled_from(["a", "b", "config.json", "sub", "ü"])
@@ -31,6 +44,21 @@ def shown(node: Node, prefix: str = "") -> dict[str, Entry]:
     for name, child in node.children.items():
         found |= shown(child, f"{prefix}/{name}" if prefix else name)
     return found
+
+
+def below(node: Node) -> list[Node]:
+    """Return `node` and everything in it."""
+    inside = list(node.children.values()) if isinstance(node, Directory) else []
+    return [node, *(deeper for child in inside for deeper in below(child))]
+
+
+@given(LISTINGS)
+def test_directories_carry_the_latest_time_and_count_their_directories(listing: dict[str, int]) -> None:
+    for node in below(grow("m", snapshot(listing), None)):
+        if isinstance(node, Directory):
+            inside = node.children.values()
+            assert node.mtime == max((child.mtime for child in inside), default=0.0)
+            assert node.links == 2 + sum(isinstance(child, Directory) for child in inside)
 
 
 @given(LISTINGS)
@@ -58,7 +86,7 @@ def test_a_new_version_is_a_new_inode_and_a_directory_stays_itself() -> None:
     old = {name: node.ino for name, node in directory.children.items()}
     changes = tree.put(("m",), grow("m", snapshot({"d/w": 2, "d/same": 1}), None))
     assert tree.root.children["m"] is model
-    assert model.children["d"] is directory
+    assert model.children["d"].ino == directory.ino
     assert directory.children["same"].ino == old["same"]
     assert directory.children["w"].ino != old["w"]
     assert changes == [Change(directory.ino, "w")]
@@ -110,8 +138,65 @@ def test_a_version_that_comes_back_is_the_old_inode_again() -> None:
     tree.remember(node)
     tree.put(("m",), grow("m", snapshot({"w": 2}), None))
     tree.put(("m",), grow("m", snapshot({"w": 1}), None))
+    assert model.children["w"].ino == node.ino
+    tree.remember(model.children["w"])
     tree.forget(node.ino, 1)
-    assert tree.node(node.ino) is model.children["w"]
+    assert tree.node(node.ino) is not None
+    tree.forget(node.ino, 1)
+    assert tree.node(node.ino) is None
+
+
+def test_a_successor_answers_for_every_number_its_predecessor_gave() -> None:
+    listing = {"a": 1, "d/b": 1, "d/e/c": 1}
+    before, after = Tree(), Tree()
+    for tree in (before, after):
+        tree.put(("m",), grow("m", snapshot(listing), None))
+    root = after.root.children["m"]
+    assert isinstance(root, Branch)
+    after.expect(root, numbers(root))
+    after.put(("m",), grow("m", snapshot({"a": 2}), None))
+    for node in below(before.root):
+        known = after.node(node.ino)
+        assert type(known) is type(node)
+        assert not isinstance(known, File) or known.entry == node.entry  # type: ignore[attr-defined]
+        after.remember(node)
+        after.forget(node.ino, 1)
+        assert after.node(node.ino) is not None, "it gave the number more often than we know"
+
+
+def test_two_things_with_one_number_are_refused() -> None:
+    tree = Tree()
+    tree.put(("m",), grow("m", snapshot({"a": 1, "b": 1}), None))
+    one, other = (node for node in below(tree.root) if isinstance(node, File))
+    other.ino = one.ino
+    tree.remember(one)
+    with pytest.raises(ValueError, match="two nodes have the inode number"):
+        tree.remember(other)
+
+
+@given(LISTINGS, st.integers(0, 8))
+def test_a_listing_goes_on_where_it_was_left(listing: dict[str, int], cut: int) -> None:
+    tree = Tree()
+    tree.put(("m",), grow("m", snapshot(listing), None))
+    for node in below(tree.root):
+        if isinstance(node, Directory):
+            names = node.names()
+            whole = list(names(0))
+            assert [name for name, _, _ in whole] == sorted(node.children)
+            if cut < len(whole):
+                rest = [name for name, _, _ in names(whole[cut].next)]
+                assert rest == [name for name, _, _ in whole[cut + 1 :]]
+
+
+def test_a_listing_stays_as_it_was_when_it_began() -> None:
+    tree = Tree()
+    tree.put(("m",), grow("m", snapshot({"a": 1, "b": 1}), None))
+    model = tree.root.children["m"]
+    assert isinstance(model, Directory)
+    names = model.names()
+    tree.put(("m",), grow("m", snapshot({"c": 1}), None))
+    assert [name for name, _, _ in names(0)] == ["a", "b"]
+    assert list(model.children) == ["c"]
 
 
 def test_names_of_two_parts_share_their_organisation() -> None:
@@ -186,7 +271,7 @@ class TreeModel(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def lookup(self, data: st.DataObject) -> None:
-        nodes = [node for node in self._nodes(self.tree.root) if node is not self.tree.root]
+        nodes = [node for node in below(self.tree.root) if node is not self.tree.root]
         if nodes:
             node = data.draw(st.sampled_from(nodes))
             self.tree.remember(node)
@@ -213,19 +298,15 @@ class TreeModel(RuleBasedStateMachine):
 
     @invariant()
     def every_number_the_kernel_may_use_answers(self) -> None:
-        for node in self._nodes(self.tree.root):
-            assert self.tree.node(node.ino) is node
-        for ino in self.held:
-            assert self.tree.node(ino) is not None
-
-    def _nodes(self, node: Node) -> list[Node]:
-        below = list(node.children.values()) if isinstance(node, Directory) else []
-        return [node, *(n for child in below for n in self._nodes(child))]
+        for ino, (node, _) in self.held.items():
+            known = self.tree.node(ino)
+            assert type(known) is type(node)
+            assert not isinstance(known, File) or known.entry == node.entry  # type: ignore[attr-defined]
 
     def _names(self) -> dict[tuple[int, str], int]:
         return {
             (node.ino, name): child.ino
-            for node in self._nodes(self.tree.root)
+            for node in below(self.tree.root)
             if isinstance(node, Directory)
             for name, child in node.children.items()
         }

@@ -92,7 +92,7 @@ def foreground(settings: Settings) -> None:
     log_to(settings.log_file, settings.log_level)
     with _claim(settings.mountpoint) as claim:
 
-        def ready() -> None:
+        def ready(summary: dict[str, Any]) -> None:
             claim.close()
             service.tell("READY=1")
             log.info("ready: %s", settings.mountpoint)
@@ -115,7 +115,7 @@ def _become_holder(settings: Settings) -> NoReturn:
     os.execve(sys.executable, command, _environment())  # noqa: S606  # our own words
 
 
-def _run_daemon(settings: Settings, ready: Callable[[], None], held: Held | None) -> None:
+def _run_daemon(settings: Settings, ready: Callable[[dict[str, Any]], None], held: Held | None) -> None:
     """Run the daemon; end the process with `holder.LEFT` if it left its mount to a successor."""
     from modelfs import daemon  # libfuse, libcurl and more: only the daemon's process pays for them
 
@@ -129,7 +129,7 @@ def _is_held(settings: Settings) -> bool:
 
 
 def background(settings: Settings) -> dict[str, Any]:
-    """Start a daemon in a session of its own, wait until its mount answers, and return its status.
+    """Start a daemon in a session of its own, wait until its mount answers, and return what it says of it.
 
     Whatever fails before that, also an interrupt or SIGTERM, ends the daemon and leaves nothing mounted.
 
@@ -165,9 +165,9 @@ def background(settings: Settings) -> dict[str, Any]:
         try:
             teller.close()
             _hand_over(process, replace(settings, log_file=file))
-            _await_ready(answers, file, start)
+            summary = _await_ready(answers, file, start)
             mountpoint.check_answers(settings.mountpoint)
-            return control.ControlClient(control.socket_path(settings.mountpoint)).status()
+            return summary
         except BaseException:
             _abandon(process, settings.mountpoint)
             raise
@@ -225,8 +225,8 @@ def _hand_over(process: subprocess.Popen[bytes], settings: Settings) -> None:
         pipe.write(json.dumps(settings.to_json()).encode())
 
 
-def _await_ready(answers: IO[bytes], file: Path, start: int) -> None:
-    """Return when the daemon says that it is ready.
+def _await_ready(answers: IO[bytes], file: Path, start: int) -> dict[str, Any]:
+    """Return what the daemon says when it is ready.
 
     Raises:
         ModelfsError: it said why it cannot be, ended without a word, or took too long.
@@ -241,9 +241,10 @@ def _await_ready(answers: IO[bytes], file: Path, start: int) -> None:
         if not part:
             raise MountError(f"the daemon ended before it was ready: {_last_line(file, start)}: see {file}")
         said += part
-    answer = json.loads(said)
+    answer: dict[str, Any] = json.loads(said)
     if "error" in answer:
         raise control.error_of(answer)
+    return answer
 
 
 def _abandon(process: subprocess.Popen[bytes], path: Path) -> None:
@@ -277,14 +278,14 @@ def serve_background(ready_fd: int | None, held: Held | None) -> None:
     os.chdir("/")  # keep no directory busy
     log_to(None, settings.log_level)  # standard error is the log file
 
-    def tell(answer: dict[str, str | bool]) -> None:
+    def tell(answer: dict[str, Any]) -> None:
         if ready_fd is None:
             return
         with suppress(OSError), os.fdopen(ready_fd, "w") as pipe:  # closed: told already, or nobody waits
             pipe.write(json.dumps(answer) + "\n")
 
     try:
-        _run_daemon(settings, lambda: tell({"ok": True}), held)
+        _run_daemon(settings, lambda summary: tell({"ok": True, **summary}), held)
     except Exception as error:
         known = isinstance(error, ModelfsError)
         log.error("%s", error, exc_info=None if known else error)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from modelfs.lockfile import Lock
 from modelfs.types import Entry, Snapshot
+
+if TYPE_CHECKING:  # rich is imported by what prints: a daemon never does
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 STATE_STYLES = {"ready": "green", "resolving": "yellow", "unavailable": "red"}
 
 
 def console(*, stderr: bool = False) -> Console:
     """Return where to print: the terminal as wide as it is, a file or pipe without any width."""
+    from rich.console import Console
+
     made = Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
     if not made.is_terminal:
         made.width = 10_000
@@ -52,10 +54,18 @@ def printable(text: str) -> str:
 
 
 def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     return table
+
+
+def _text(words: str, style: str = "") -> Text:
+    from rich.text import Text
+
+    return Text(words, style)
 
 
 def _counted(count: int, one: str) -> str:
@@ -67,7 +77,7 @@ def status(out: Console, data: Mapping[str, Any], now: float | None = None) -> N
     transport, cache, reads, fetch = data["transport"], data["cache"], data["reads"], data["fetch"]
     now = time.time() if now is None else now
     up = duration(now - data["started"])
-    out.print(Text(printable(data["mountpoint"]), style="bold"))
+    out.print(_text(printable(data["mountpoint"]), style="bold"))
     out.print(f"  modelfs {data['modelfs']}, pid {data['pid']}, up {up}, {size(data['rss_bytes'])} of memory")
     out.print(f"  transport  {transport['name']}: {transport['why']}")
     if data["config"]:
@@ -126,13 +136,13 @@ def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
         share = f" {model['cached_bytes'] / model['size']:.0%}" if model["size"] else ""
         known = model["revision"] is not None
         table.add_row(
-            Text(printable(model["name"])),
-            Text(state, style=STATE_STYLES.get(state, "yellow")),
-            Text(printable(model["revision"] or "-")[:12]),
-            Text(str(model["files"]) if known else "-"),
-            Text(size(model["size"]) if known else "-"),
-            Text(size(model["cached_bytes"]) + share if known else "-"),
-            Text(printable(model["source"])),
+            _text(printable(model["name"])),
+            _text(state, style=STATE_STYLES.get(state, "yellow")),
+            _text(printable(model["revision"] or "-")[:12]),
+            _text(str(model["files"]) if known else "-"),
+            _text(size(model["size"]) if known else "-"),
+            _text(size(model["cached_bytes"]) + share if known else "-"),
+            _text(printable(model["source"])),
         )
     out.print(table)
     for model in found:
@@ -161,6 +171,8 @@ def _kinds(errors: Mapping[str, int]) -> str:
 @contextmanager
 def progress(doing: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Give what shows ``{"name": …, "done": bytes, "total": bytes}`` as a bar, on a terminal only."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     columns = (
         TextColumn(doing),
         BarColumn(),
@@ -226,9 +238,9 @@ def listing(out: Console, snapshot: Snapshot, entries: Sequence[Entry], *, long:
         )
         if long:
             modified = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.mtime)) if entry.mtime else "-"
-            table.add_row(str(entry.size), modified, str(entry.digest or "-"), Text(path))
+            table.add_row(str(entry.size), modified, str(entry.digest or "-"), _text(path))
         else:
-            table.add_row(size(entry.size), Text(path))
+            table.add_row(size(entry.size), _text(path))
     files = [entry for entry in entries if entry.kind != "directory"]
     total = size(sum(entry.size for entry in files))
     if long:
@@ -258,5 +270,5 @@ def settings(out: Console, data: Mapping[str, Any]) -> None:
         for model in data["models"]:
             names = [*model["options"], *(word for word in ("optional", "pin") if model[word])]
             words = (model["name"], ", ".join(model["sources"]), ", ".join(names))
-            table.add_row(*(Text(printable(word)) for word in words))
+            table.add_row(*(_text(printable(word)) for word in words))
         out.print(table)

@@ -5,11 +5,12 @@ describes what the API says. Only daemons import ``app``: a command would pay fo
 """
 
 from modelfs.control.client import ControlClient, error_of
-from modelfs.control.runtime import Record, find, mounts, runtime_dir, socket_path
+from modelfs.control.runtime import Record, announced, find, mounts, runtime_dir, socket_path
 
 __all__ = [
     "ControlClient",
     "Record",
+    "announced",
     "error_of",
     "find",
     "mounts",

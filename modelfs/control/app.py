@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import hypercorn.config
@@ -19,7 +19,6 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from modelfs.control.runtime import Record, listening, write_record
 from modelfs.errors import AccessDenied, ConfigError, ModelfsError, NotFound
 from modelfs.metrics import Metrics
 
@@ -46,8 +45,8 @@ class Daemon(Protocol):
 
     metrics: Metrics
 
-    def status(self) -> dict[str, Any]:
-        """Return the state as docs/status.md describes it; no I/O that could block."""
+    async def status(self) -> dict[str, Any]:
+        """Return the state as docs/status.md describes it."""
 
     async def refresh(self, model: str | None) -> dict[str, Any]:
         """Resolve `model`, or every model, again; return ``{"models": [...]}`` as in docs/status.md.
@@ -86,7 +85,7 @@ def application(daemon: Daemon) -> Starlette:
     """Return the control API of `daemon` as an ASGI application."""
 
     async def status(request: Request) -> Response:
-        return JSONResponse(daemon.status())
+        return JSONResponse(await daemon.status())
 
     async def refresh(request: Request) -> Response:
         return JSONResponse(await daemon.refresh(await _model(request)))
@@ -187,25 +186,15 @@ async def _bug(request: Request, error: Exception) -> Response:
 
 
 async def serve(
-    daemon: Daemon, socket_path: Path, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
+    daemon: Daemon,
+    listener: socket.socket,
+    *,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the control API of `daemon` on `socket_path` until cancelled; for ``nursery.start``.
-
-    Started means that connections are accepted and the record lies beside the socket. Both are removed
-    at the end. The mount decides who serves a mountpoint: a daemon that still listens there was detached
-    from it, and loses its socket.
-
-    Raises:
-        MountError: the socket cannot be made.
-
-    """
-    with listening(socket_path) as listener:
-        status = daemon.status()
-        record = Record(Path(status["mountpoint"]), status["pid"], status["started"], status["modelfs"])
-        write_record(socket_path, record)
-        # hypercorn takes the descriptor over and closes it.
-        config = _server_config(listener.detach())
-        await hypercorn.trio.serve(application(daemon), config, task_status=task_status)  # type: ignore[arg-type]
+    """Serve the control API of `daemon` on `listener` until cancelled; for ``nursery.start``."""
+    # hypercorn takes the descriptor over and closes it.
+    config = _server_config(listener.detach())
+    await hypercorn.trio.serve(application(daemon), config, task_status=task_status)  # type: ignore[arg-type]
 
 
 def _server_config(descriptor: int) -> hypercorn.config.Config:

@@ -123,6 +123,22 @@ def listening(path: Path) -> Iterator[socket.socket]:
                     remove(path)
 
 
+@contextlib.contextmanager
+def announced(path: Path, record: Record) -> Iterator[socket.socket]:
+    """Listen on `path` with `record` beside it; whoever connects waits until somebody answers.
+
+    Both are removed in the end. The mount decides who serves a mountpoint: a daemon that still listens there
+    was detached from it, and loses its socket.
+
+    Raises:
+        MountError: the socket cannot be made.
+
+    """
+    with listening(path) as listener:
+        write_record(path, record)
+        yield listener
+
+
 def write_record(sock: Path, record: Record) -> None:
     """Put `record` beside the socket `sock`, at once or not at all."""
     new = sock.with_suffix(".new")

@@ -31,6 +31,7 @@ import logging
 import os
 import signal
 import stat
+import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,9 @@ log = logging.getLogger(__name__)
 
 BATCH = 32
 """Requests read before other tasks get their turn."""
+
+BATCH_SECONDS = 0.005
+"""How long requests are read before other tasks get their turn: a page of a listing takes a millisecond."""
 
 LEAVE_SECONDS = 10.0
 """How long what was begun may take when a successor waits; the kernel asks the successor for the rest."""
@@ -216,11 +220,14 @@ class Transport:
 
     def _read_some(self) -> None:
         """Read and begin to answer what is there, up to `BATCH` requests."""
+        until = time.monotonic() + BATCH_SECONDS
         for _ in range(BATCH):
             message = self._device.read()
             if message is None:
                 return
             self._begin(message)
+            if time.monotonic() > until:
+                return
 
     def _begin(self, message: memoryview) -> None:
         try:

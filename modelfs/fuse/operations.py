@@ -14,8 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
-from operator import itemgetter
+from itertools import count
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from modelfs.cache import Loan, Place
@@ -23,7 +22,7 @@ from modelfs.catalog import Catalog
 from modelfs.errors import ModelfsError
 from modelfs.fetch.reader import Buffer, Reader
 from modelfs.metrics import Metrics
-from modelfs.tree import Directory, File, Link, Node, Text, Tree
+from modelfs.tree import Directory, File, Link, Names, Node, Text, Tree
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ class Operations:
         self._tree = tree
         self._catalog = catalog
         self._handles: dict[int, Reader | bytes] = {}
-        self._listings: dict[int, list[tuple[str, Node]]] = {}
+        self._listings: dict[int, Names] = {}
         self._numbers = count(first)
         self.owner = (os.getuid(), os.getgid())
 
@@ -151,7 +150,7 @@ class Operations:
             case Directory():
                 return Attributes(node.ino, stat.S_IFDIR | 0o555, 0, node.mtime, node.links)
             case File():
-                return Attributes(node.ino, stat.S_IFREG | 0o444, node.entry.size, node.mtime)
+                return Attributes(node.ino, stat.S_IFREG | 0o444, node.size, node.mtime)
             case Text():
                 return Attributes(node.ino, stat.S_IFREG | 0o444, len(node.content), node.mtime)
             case Link():
@@ -280,8 +279,7 @@ class Operations:
     @answering
     def adopt_directory(self, ino: int, handle: int) -> None:
         """Open a directory under the handle that an earlier daemon gave it."""
-        # In the same order for every daemon: a listing goes on from its position. Mostly sorted already.
-        self._listings[handle] = sorted(self._directory(ino).children.items(), key=itemgetter(0))
+        self._listings[handle] = self._directory(ino).names()
 
     @answering
     def readdir(self, handle: int, start: int) -> Iterator[Listed]:
@@ -289,10 +287,7 @@ class Operations:
         listing = self._listings.get(handle)
         if listing is None:
             raise OSError(errno.ESTALE, f"no handle {handle}")
-        return (
-            Listed(name, self.attributes(node), node, position + 1)
-            for position, (name, node) in enumerate(islice(listing, start, None), start)
-        )
+        return (Listed(name, self.attributes(node), node, place) for name, node, place in listing(start))
 
     @answering
     def releasedir(self, handle: int) -> None:
