@@ -26,7 +26,9 @@ from modelfs.testing.s3 import KEY_ID, REGION, SECRET, S3Server
 from modelfs.types import Entry
 from tests.origin import Origin
 
-STORES = ("http", "https", "s3", "hf")
+STORES = ("http", "https", "s3", "hf", "hf-plain")
+"""Kinds of stores; of the Hub's files those in LFS, behind signed links, and those that are not."""
+
 SECRETS = (SECRET, TOKEN, "pa55word", "Signature=")
 """What no message may show: the stores are asked with these, or with links that have this."""
 
@@ -57,7 +59,8 @@ class Site:
         self.s3 = self._servers.enter_context(S3Server())
         self.s3.client().create_bucket(Bucket="models")
         self.hub = self._servers.enter_context(HubServer())
-        self.hub.add("org/name", self.files, private=True)
+        self.hub.add("org/name", self.files, private=True, lfs="*")
+        self.hub.add("org/plain", self.files, private=True, lfs=())
         for number, (path, data) in enumerate(self.files.items()):
             file = self._directory / str(number)
             file.write_bytes(data)
@@ -87,9 +90,12 @@ class Site:
     @contextmanager
     def behind(self, kind: str, plan: Plan = ()) -> Iterator[tuple[FaultProxy, Store]]:
         """Yield a proxy with `plan` and the store of that kind behind it."""
-        upstream = {"s3": self.s3.url, "hf": self.hub.url}.get(kind, self.origin.url)
-        with FaultProxy(upstream, plan, tls=self.tls if kind == "https" else None) as proxy:
+        with FaultProxy(self.upstream(kind), plan, tls=self.tls if kind == "https" else None) as proxy:
             yield proxy, self.store(kind, proxy.url)
+
+    def upstream(self, kind: str) -> str:
+        """Return the URL of the server that stores of that kind ask."""
+        return {"s3": self.s3.url, "ht": self.origin.url, "hf": self.hub.url}[kind[:2]]
 
     def store(self, kind: str, url: str) -> Store:
         """Return the store of that kind at `url`."""
@@ -98,10 +104,9 @@ class Site:
             case "s3":
                 options = {"endpoint_url": url, "region": REGION}
                 return open_store("s3://models/", options)
-            case "hf":
-                return open_store(
-                    "hf://org/name", {"endpoint": url, "token_file": str(self._directory / "token")}
-                )
+            case "hf" | "hf-plain":
+                options = {"endpoint": url, "token_file": str(self._directory / "token")}
+                return open_store("hf://org/name" if kind == "hf" else "hf://org/plain", options)
             case _:
                 options = {"ca_bundle": self.ca_bundle, "timeout": 5}
                 return open_store(f"{url.replace('://', '://user:pa55word@')}/", options)

@@ -118,10 +118,9 @@ def test_a_store_whose_name_is_unknown_is_one_clean_error(site: Site, store: str
 
 @pytest.mark.parametrize("store", STORES)
 def test_a_store_whose_certificate_nobody_vouches_for_is_asked_nothing(site: Site, store: str) -> None:
-    upstream = {"s3": site.s3.url, "hf": site.hub.url}.get(store, site.origin.url)
     stranger, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     stranger.issue_cert("127.0.0.1").configure_cert(context)
-    with FaultProxy(upstream, tls=context) as proxy:
+    with FaultProxy(site.upstream(store), tls=context) as proxy:
         with pytest.raises(Unavailable) as caught:
             trio.run(retrying, site.store(store, proxy.url).snapshot, 0)
         assert not [secret for secret in SECRETS if secret in str(caught.value)]
