@@ -67,6 +67,7 @@ def run(settings: Settings, *, ready: Ready, held: Held | None = None) -> bool:
 
 async def _main(settings: Settings, ready: Ready, held: Held | None) -> bool:
     metrics = Metrics()
+    trio.lowlevel.add_instrument(metrics.loop_lag)
     place = mountpoint.canonical(settings.mountpoint)
     if not (held and held.mounted):
         await trio.to_thread.run_sync(partial(mountpoint.prepare, place, allow_other=settings.allow_other))

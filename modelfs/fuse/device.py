@@ -41,7 +41,6 @@ HANDSHAKE_SECONDS = 10.0
 WANTED = (
     Init.ASYNC_READ
     | Init.DO_READDIRPLUS
-    | Init.ASYNC_DIO
     | Init.PARALLEL_DIROPS
     | Init.MAX_PAGES
     | Init.CACHE_SYMLINKS
@@ -50,7 +49,8 @@ WANTED = (
     | Init.PASSTHROUGH
     | Init.HAS_RESEND
 )
-"""Never WRITEBACK_CACHE: with it the kernel refuses passthrough without a word."""
+"""Never WRITEBACK_CACHE: with it the kernel refuses passthrough without a word. Nor ASYNC_DIO: with it nobody
+who waits for a read with O_DIRECT can be killed (``fuse_direct_IO`` in fs/fuse/file.c)."""
 
 _NEEDS_ROOT = "the kernel transport needs root; pyfuse3 does not"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4

@@ -62,6 +62,9 @@ BATCH_SECONDS = 0.005
 LEAVE_SECONDS = 10.0
 """How long what was begun may take when a successor waits; the kernel asks the successor for the rest."""
 
+KILLED_SECONDS = 0.2
+"""How often it is looked whether a process that got a signal while it waits was killed."""
+
 
 class Reply(NamedTuple):
     """The parts of a reply's body, and what takes back what it said if nobody wants it any more."""
@@ -113,6 +116,9 @@ class Transport:
         self._running: dict[int, tuple[int, trio.CancelScope]] = {}
         self._notices = trio.CapacityLimiter(1)
         self._leaving = trio.Event()
+        requests = operations.metrics.fuse_requests
+        self._counted = {opcode: requests.labels(Opcode(opcode).name.lower()) for opcode in _HANDLERS}
+        self._others = requests.labels("other")
 
     @classmethod
     def mount(
@@ -235,6 +241,7 @@ class Transport:
         except wire.ProtocolError as error:
             log.error("from the kernel: %s", error)
             return
+        self._counted.get(request.opcode, self._others).inc()
         handler = _HANDLERS.get(request.opcode)
         if handler is None:
             self._device.write(
@@ -258,6 +265,8 @@ class Transport:
         """Answer a request whose answer has to be waited for."""
         with trio.CancelScope() as scope:
             self._running[request.unique] = request.pid, scope
+            if request.unique & wire.RESENT and request.pid:  # our predecessor was told of a signal, maybe
+                self._nursery.start_soon(self._give_up_if_killed, request.unique)
             try:
                 reply = await promise
             except OSError as error:
@@ -500,9 +509,17 @@ class Transport:
         either, and programs that use signals (Go's scheduler, profilers) do not expect it.
         """
         (unique,) = wire.fields(request.opcode, request.body)
-        pid, scope = self._running.get(unique, (0, None))
-        if scope is not None and _is_dying(pid):
-            scope.cancel()
+        if unique in self._running:
+            self._nursery.start_soon(self._give_up_if_killed, unique)
+
+    async def _give_up_if_killed(self, unique: int) -> None:
+        """Look after the process of a running request: the kernel tells of its first signal only."""
+        while found := self._running.get(unique):
+            pid, scope = found
+            if _is_dying(pid):
+                scope.cancel()
+                return
+            await trio.sleep(KILLED_SECONDS)
 
     def _destroy(self, request: Request) -> Reply:
         return Reply()
@@ -573,7 +590,10 @@ def _sized(value: bytes, room: int) -> Reply:
 
 
 def _is_dying(pid: int) -> bool:
-    """Return whether a fatal signal waits for `pid`; the kernel turns each of them into a SIGKILL."""
+    """Return whether a fatal signal waits for `pid`; the kernel turns each of them into a SIGKILL.
+
+    True for one of another PID namespace, which has no number here: it shall not wait unkillable.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

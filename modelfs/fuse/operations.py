@@ -32,6 +32,9 @@ LONG = 3600.0
 SHORT = 5.0
 """Seconds the kernel may keep that an on-demand namespace has no such name."""
 
+NAME_MAX = 255
+"""Bytes of the longest name in a directory, as on a disk; the kernel would ask for up to 1024."""
+
 OURS = "user.modelfs."
 """What the names of all extended attributes begin with."""
 
@@ -174,6 +177,8 @@ class Operations:
         node = directory if name == "." else directory.children.get(name)
         if node is not None:
             return self._introduced(node)
+        if len(os.fsencode(name)) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "a name has at most 255 bytes")
         return Attributes(0) if directory.resolver is None else None
 
     def _introduced(self, node: Node) -> Attributes:
@@ -312,7 +317,7 @@ class Operations:
             "f_frsize": 4096,
             "f_blocks": sum(-(-snapshot.size // 4096) for snapshot in snapshots),
             "f_files": sum(len(snapshot.entries) for snapshot in snapshots),
-            "f_namemax": 255,
+            "f_namemax": NAME_MAX,
         }
 
     def _xattrs(self, ino: int) -> dict[str, Callable[[], str]]:

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -34,11 +34,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _fuse(operation: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def _fuse(
+    operation: Callable[Concatenate[_Adapter, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[_Adapter, P], Coroutine[Any, Any, T]]:
+    """Return `operation` with its requests counted, and its errors turned into those of pyfuse3."""
+    name = operation.__name__
+
     @functools.wraps(operation)
-    async def mapped(*args: P.args, **kwargs: P.kwargs) -> T:
+    async def mapped(self: _Adapter, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self.requests.labels(name).inc()
         try:
-            return await operation(*args, **kwargs)
+            return await operation(self, *args, **kwargs)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
 
@@ -54,6 +60,7 @@ class _Adapter(pyfuse3.Operations):
     def __init__(self, operations: Operations) -> None:
         super().__init__()
         self._ops = operations
+        self.requests = operations.metrics.fuse_requests
 
     def _attr(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
         attr = pyfuse3.EntryAttributes()
@@ -127,6 +134,7 @@ class _Adapter(pyfuse3.Operations):
         return [os.fsencode(name) for name in self._ops.listxattr(inode)]
 
     async def forget(self, inode_list: Any) -> None:
+        self.requests.labels("forget").inc()
         self._ops.forget(list(inode_list))
 
 

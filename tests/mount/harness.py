@@ -16,8 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache as remember
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from modelfs import control
 from modelfs.fuse import mountpoint
 
 BAD_LOG = re.compile(r"\b(ERROR|CRITICAL)\b|Traceback")
@@ -57,6 +61,17 @@ class Mounted:
 
     def requests(self) -> int:
         return int(self.status()["fetch"]["requests"])
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of the samples of ``/metrics`` of this name with these labels."""
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(control.socket_path(self.path)))) as client:
+            text = client.get("http://modelfs/metrics").text
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
     def run(
         self, *command: str, user: str | None = None, check: bool = True, env: Mapping[str, str] | None = None
@@ -123,6 +138,39 @@ def interpreter(user: str | None) -> tuple[str, Mapping[str, str]]:
         read_by(program, "-c", "import numpy", user=user, env=variables)
         return program, variables
     return sys.executable, {}
+
+
+class Reader:
+    """Python code in a process of its own that stops at each ``step()`` until it is told to go on."""
+
+    def __init__(self, code: str, *args: object) -> None:
+        prelude = "import mmap,os,sys\ndef step(v=''):\n    print(v,flush=True)\n    sys.stdin.readline()\n"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", prelude + code, *map(str, args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def said(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def go_on(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def end(self) -> int:
+        self.go_on()
+        return self.process.wait(60)
 
 
 @contextmanager

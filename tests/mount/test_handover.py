@@ -8,8 +8,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ import pytest
 
 from modelfs.fuse import mountpoint
 from modelfs.testing.s3 import S3Server
-from tests.mount.harness import Mounted, alone, mounted
+from tests.mount.harness import Mounted, Reader, alone, mounted
 from tests.origin import Origin
 
 MIB = 1 << 20
@@ -69,39 +67,6 @@ def _answers(mount: Mounted, handovers: int) -> bool:
 
 READ_LATER = "fd=os.open(sys.argv[1],os.O_RDONLY)\nstep()\nprint(os.read(fd,1000).decode(),flush=True)\n"
 """Code for a `Reader`: opens a small file, and reads it when it is told to go on."""
-
-
-class Reader:
-    """Python code in a process of its own that stops at each ``step()`` until it is told to go on."""
-
-    def __init__(self, code: str, *args: object) -> None:
-        prelude = "import mmap,os,sys\ndef step(v=''):\n    print(v,flush=True)\n    sys.stdin.readline()\n"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", prelude + code, *map(str, args)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def said(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def go_on(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def end(self) -> int:
-        self.go_on()
-        return self.process.wait(60)
 
 
 def test_a_read_in_progress_is_finished_by_the_successor(mount: Mounted, origin: Origin) -> None:

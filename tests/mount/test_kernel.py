@@ -1,0 +1,344 @@
+"""What the kernel transport promises beyond pyfuse3: reads without the daemon, and nothing left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.mount.harness import Mounted, Reader, eventually, mounted
+from tests.origin import Origin
+
+MIB = 1 << 20
+BLOCK = 8 * MIB
+TRANSPORT = "kernel"
+
+OPENINGS = int(os.environ.get("MODELFS_TEST_OPENINGS", "1200"))
+"""How often a file is opened to see what that leaves behind."""
+
+
+def noise(size: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def origin() -> Iterator[Origin]:
+    with Origin({"w.bin": noise(2 * BLOCK + 77), "small.dat": noise(3 * MIB, 2), "tiny.json": b"{}"}) as own:
+        yield own
+
+
+@pytest.fixture
+def mount(place: Path, origin: Origin) -> Iterator[Mounted]:
+    with mounted(place, sources={"m": origin.url}, transport=TRANSPORT) as own:
+        yield own
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Let the process do nothing meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: state(pid) == "T")
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def cached(mount: Mounted, path: Path) -> int:
+    code = "import os,sys; print(os.getxattr(sys.argv[1], 'user.modelfs.cached_bytes').decode())"
+    return int(mount.python(code, str(path)))
+
+
+# -- without the daemon --------------------------------------------------------------------------------
+
+OPENED = """
+import hashlib
+fd = os.open(sys.argv[1], os.O_RDONLY)
+step('open')
+size = os.fstat(fd).st_size
+read = b''.join(os.pread(fd, 1 << 20, start) for start in range(0, size, 1 << 20))
+with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
+    print(hashlib.sha256(read).hexdigest(), hashlib.sha256(mapped).hexdigest(), flush=True)
+"""
+"""Code for a `Reader`: opens a file, then reads and maps all of it."""
+
+
+def test_a_complete_file_is_read_while_the_daemon_stands_still(mount: Mounted, origin: Origin) -> None:
+    path = mount.path / "m/w.bin"
+    mount.run("sha256sum", str(path))
+    with Reader(OPENED, path) as reader:
+        assert reader.said() == "open"
+        mount.drop_pages()
+        with stopped(mount.status()["pid"]):
+            reader.go_on()
+            assert reader.said().split() == [sha256(origin.files["w.bin"])] * 2
+
+
+def test_a_small_file_is_complete_once_it_is_open(mount: Mounted, origin: Origin) -> None:
+    with Reader(OPENED, mount.path / "m/small.dat") as reader:
+        assert reader.said() == "open"
+        with stopped(mount.status()["pid"]):
+            reader.go_on()
+            assert reader.said().split() == [sha256(origin.files["small.dat"])] * 2
+
+
+# -- nothing is left behind ----------------------------------------------------------------------------
+
+OPENS = """
+import os, sys
+turns, paths = int(sys.argv[1]), sys.argv[2:]
+for turn in range(turns):
+    for path in paths:
+        os.close(os.open(path, os.O_RDONLY))
+"""
+
+
+def test_opening_leaves_nothing_behind(mount: Mounted, origin: Origin) -> None:
+    paths = [str(mount.path / "m" / name) for name in origin.files]
+    pid = mount.status()["pid"]
+    mount.python(OPENS, "50", *paths)
+    eventually(lambda: mount.metric("modelfs_open_handles") == 0)
+    before, system = descriptors(pid), files_of_the_system()
+    mount.python(OPENS, str(OPENINGS // len(paths)), *paths)
+    eventually(lambda: mount.metric("modelfs_open_handles") == 0 and descriptors(pid) <= before + 5)
+    # Each backing id holds a file of the kernel; others on this machine open files, too.
+    eventually(lambda: files_of_the_system() < system + OPENINGS // 2)
+
+
+def files_of_the_system() -> int:
+    return int(Path("/proc/sys/fs/file-nr").read_text().split()[0])
+
+
+MAPPED = """
+import hashlib
+fd = os.open(sys.argv[1], os.O_RDONLY)
+mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+step('mapped')
+print(hashlib.sha256(mapped).hexdigest(), flush=True)
+"""
+
+
+def test_what_the_kernel_reads_is_not_evicted(place: Path) -> None:
+    files = {f"{number}.dat": noise(BLOCK + number, number) for number in range(5)}
+    with (
+        Origin(files) as origin,
+        mounted(place, "--cache-size", "20MiB", sources={"m": origin.url}, transport=TRANSPORT) as mount,
+    ):
+        first, *others = (mount.path / "m" / name for name in files)
+        mount.run("sha256sum", str(first))
+        with Reader(MAPPED, first) as reader:
+            assert reader.said() == "mapped"
+            for other in others * 2:
+                assert mount.run("sha256sum", str(other)).stdout.split()[0] == sha256(files[other.name])
+                assert cached(mount, first) == len(files[first.name])
+            assert mount.status()["cache"]["used"] <= 20 * MIB
+            mount.drop_pages()
+            with stopped(mount.status()["pid"]):
+                reader.go_on()
+                assert reader.said() == sha256(files[first.name])
+            assert reader.process.wait(30) == 0
+        for other in others:
+            mount.run("sha256sum", str(other))
+        assert cached(mount, first) == 0
+
+
+# -- where the cache lies ------------------------------------------------------------------------------
+
+
+@contextmanager
+def file_system(kind: str, place: Path) -> Iterator[Path]:
+    """Yield a directory on a file system of `kind`, the last word; the words before it say what is below."""
+    below, _, last = kind.rpartition(" ")
+    with ExitStack() as stack:
+        lower = stack.enter_context(file_system(below, place)) if below else place
+        where = place / kind.replace(" ", "-")
+        where.mkdir()
+        options = "mode=755"
+        if last == "overlay":
+            room = stack.enter_context(file_system("tmpfs", where))
+            for name in ("upper", "work"):
+                (room / name).mkdir()
+            options = f"lowerdir={lower},upperdir={room}/upper,workdir={room}/work"
+        subprocess.run(["mount", "-t", last, "none", "-o", options, where], check=True)
+        stack.callback(subprocess.run, ["umount", where], check=True)
+        yield where
+
+
+@pytest.mark.parametrize(
+    ("kind", "refusal"),
+    [
+        ("tmpfs", None),
+        ("tmpfs overlay", None),
+        ("tmpfs overlay overlay", "lies on too many others"),
+        ("ramfs", "does not allow O_DIRECT"),
+    ],
+)
+def test_a_cache_anywhere_serves_and_status_says_how(
+    kind: str, refusal: str | None, place: Path, origin: Origin
+) -> None:
+    with (
+        file_system(kind, place) as disk,
+        mounted(place, sources={"m": origin.url}, transport=TRANSPORT, cache=disk / "cache") as mount,
+    ):
+        transport = mount.status()["transport"]
+        assert transport["name"] == "kernel"
+        assert transport["passthrough"] is (refusal is None)
+        assert (refusal or "the kernel reads complete files without the daemon") in transport["why"]
+        for _ in range(2):  # cold, then complete
+            for name, data in origin.files.items():
+                assert mount.python(ALL_WAYS, str(mount.path / "m" / name)).split() == [sha256(data)] * 3
+            mount.drop_pages()
+
+
+ALL_WAYS = """
+import hashlib, mmap, os, sys
+path = sys.argv[1]
+with open(path, 'rb', 0) as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+    print(hashlib.sha256(file.read()).hexdigest(), hashlib.sha256(mapped).hexdigest())
+direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+buffer, hasher, offset = mmap.mmap(-1, 1 << 20), hashlib.sha256(), 0
+while got := os.preadv(direct, [buffer], offset):
+    hasher.update(memoryview(buffer)[:got])
+    offset += got
+print(hasher.hexdigest())
+"""
+
+
+def test_where_the_kernel_cannot_read_alone_libfuse_is_taken(place: Path, origin: Origin) -> None:
+    with (
+        file_system("tmpfs overlay overlay", place) as disk,
+        mounted(place, sources={"m": origin.url}, transport="auto", cache=disk / "cache") as mount,
+    ):
+        transport = mount.status()["transport"]
+        assert transport["name"] == "pyfuse3"
+        assert "lies on too many others" in transport["why"]
+        assert mount.run("cat", str(mount.path / "m/tiny.json")).stdout == "{}"
+
+
+# -- signals -------------------------------------------------------------------------------------------
+
+
+WAITERS = {
+    "open": ("small.dat", "done = libc.open(path, os.O_RDONLY) >= 0"),
+    "read": ("w.bin", "fd = os.open(path, os.O_RDONLY)\ndone = libc.pread(fd, room, 4096, far)"),
+    "direct": (
+        "w.bin",
+        "fd = os.open(path, os.O_RDONLY | os.O_DIRECT)\ndone = libc.pread(fd, room, 4096, far)",
+    ),
+    "fault": (
+        "w.bin",
+        "with open(path, 'rb') as file:\n    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
+        "done = mapped[far.value]",
+    ),
+}
+"""What a process may wait in: the file, and Python code that ends once bytes far into it are there."""
+
+WAITER = """
+import ctypes, signal
+rung = []
+signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+signal.siginterrupt(signal.SIGALRM, True)
+libc = ctypes.CDLL(None, use_errno=True)
+path, far = sys.argv[1].encode(), ctypes.c_long(12 << 20)
+page = mmap.mmap(-1, 4096)
+room = ctypes.byref(ctypes.c_char.from_buffer(page))
+print('ready', flush=True)
+%s
+print(done, ctypes.get_errno(), bool(rung), flush=True)
+"""
+"""Code for a `Reader`: does one thing once, without Python's own second attempt after a signal."""
+
+
+@pytest.fixture(params=WAITERS)
+def waiting(request: pytest.FixtureRequest, mount: Mounted, origin: Origin) -> Iterator[Reader]:
+    """A process that waits for a store that sends nothing."""
+    name, code = WAITERS[request.param]
+    origin.silent.set()
+    with Reader(WAITER % code, mount.path / "m" / name) as reader:
+        assert reader.said() == "ready"
+        eventually(lambda: any(path == name for _, path, _ in origin.contents()))
+        eventually(lambda: state(reader.process.pid) in "SD")
+        yield reader
+
+
+def test_a_signal_does_not_end_a_read(waiting: Reader, origin: Origin) -> None:
+    for _ in range(3):
+        os.kill(waiting.process.pid, signal.SIGALRM)
+    origin.silent.clear()
+    origin.silence_over.set()
+    _, error, rung = waiting.said().split()
+    assert (error, rung) == ("0", "True")
+    assert waiting.process.wait(30) == 0
+
+
+def test_who_waits_for_a_store_can_be_killed(waiting: Reader, mount: Mounted, origin: Origin) -> None:
+    os.kill(waiting.process.pid, signal.SIGALRM)  # the kernel tells of the first signal only
+    os.kill(waiting.process.pid, signal.SIGKILL)
+    assert waiting.process.wait(5) == -signal.SIGKILL
+    origin.silent.clear()
+    assert mount.run("cat", str(mount.path / "m/tiny.json")).stdout == "{}"
+
+
+# -- messages ------------------------------------------------------------------------------------------
+
+ASKS = r"""
+import errno, os, sys
+def answer(ask, *words):
+    try:
+        return ask(*words)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+directory, file = os.fsencode(sys.argv[1]), sys.argv[2]
+for name in (b'\xff\xfe', 'm\xfc'.encode('latin-1'), b'\x80' * 255, b'\x80' * 256):
+    print(answer(os.stat, directory + b'/' + name))
+fd = os.open(os.path.join(sys.argv[1], file), os.O_RDONLY)
+size = os.fstat(fd).st_size
+for offset in (0, 4096, 1 << 20, size - 1, size, 1 << 40):
+    print(answer(os.lseek, fd, offset, os.SEEK_DATA), answer(os.lseek, fd, offset, os.SEEK_HOLE))
+"""
+
+
+@pytest.mark.parametrize("file", ["w.bin", "small.dat"])
+def test_strange_questions_are_answered_as_by_a_disk(
+    file: str, mount: Mounted, place: Path, origin: Origin
+) -> None:
+    (place / file).write_bytes(origin.files[file])
+    assert mount.python(ASKS, str(mount.path / "m"), file) == mount.python(ASKS, str(place), file)
+
+
+def test_requests_are_counted_by_what_they_ask_for(place: Path, origin: Origin, transport: str) -> None:
+    with mounted(place, sources={"m": origin.url}, transport=transport) as mount:
+
+        def count(operation: str) -> float:
+            return mount.metric("modelfs_fuse_requests_total", operation=operation)
+
+        names = ("lookup", "open", "read", "release", "getxattr")
+        before = {name: count(name) for name in names}
+        mount.python(OPENS, "7", str(mount.path / "m/tiny.json"))
+        eventually(lambda: count("release") - before["release"] == 7)
+        assert count("open") - before["open"] == 7
+        assert count("read") == before["read"]
+        mount.python(
+            "import os,sys; os.getxattr(sys.argv[1], 'user.modelfs.source')", str(mount.path / "m/w.bin")
+        )
+        assert count("getxattr") - before["getxattr"] == 1
+        assert count("lookup") > before["lookup"]
