@@ -184,6 +184,7 @@ def run_modelfs(job: Job, fd: int) -> None:
     """What came of it: the range client of modelfs with all its checks, under trio."""
     import trio
 
+    from modelfs.cache import Data, Pipe
     from modelfs.fetch.client import RangeClient
     from modelfs.metrics import Metrics
     from modelfs.types import Location, Span
@@ -192,8 +193,11 @@ def run_modelfs(job: Job, fd: int) -> None:
         def begin(self, span: Span) -> None:
             assert len(span) <= job.block
 
-        def write(self, offset: int, data: bytes | memoryview) -> None:
-            os.pwrite(fd, data, offset)
+        def write(self, offset: int, data: Data) -> None:
+            if isinstance(data, Pipe):
+                data.move(fd, offset, len(data))
+            else:
+                os.pwrite(fd, data, offset)
 
     async def main() -> None:
         starts = list(range(0, job.length, job.block))[::-1]

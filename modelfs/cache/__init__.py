@@ -35,9 +35,10 @@ Many threads write, commit, drop and evict while the event loop looks up and rea
    hole, epoch + 1. A read notes the epoch, then sees the block present, then reads, then compares the
    epoch. If it is unchanged, no block had begun to disappear before the bytes were read; else the
    read starts over (``read``) or gives up (``read_now``).
-3. *A write is not lost in a hole.* A write notes the epoch, writes, takes the lock and counts its bytes as
-   arrived only if the epoch is unchanged; else it writes them again. A hole is punched under that lock
-   and between two epochs, so a write that overlaps it sees a change.
+3. *A write is not lost in a hole.* A write notes how often its block was dropped, writes, takes the lock and
+   counts its bytes as arrived only if that number is unchanged; else it writes them again, or fails if
+   they came out of a pipe. A hole is punched under that lock and between two steps of the number, so a
+   write that overlaps it sees a change.
 4. *A descriptor is never reused under an operation.* The files belong to a ``Generation``; every operation
    holds a reference to it, and the last reference closes the files. ``discard`` puts new files in the place
    of the old, ``close`` nothing: an operation that is still running finishes on what it began with, and may
@@ -58,6 +59,7 @@ asking for room. Loans (``CacheObject.lend``) keep the object open and its data 
 
 from modelfs.cache.audit import Audit
 from modelfs.cache.directory import Cache, Usage
+from modelfs.cache.disk import Data, Pipe
 from modelfs.cache.objects import CacheObject, Loan, Place, Verifier
 
-__all__ = ["Audit", "Cache", "CacheObject", "Loan", "Place", "Usage", "Verifier"]
+__all__ = ["Audit", "Cache", "CacheObject", "Data", "Loan", "Pipe", "Place", "Usage", "Verifier"]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modelfs.errors import CacheError
@@ -81,6 +82,70 @@ def is_resident(fd: int, span: Span) -> bool:
         return all(os.preadv(fd, [byte], at, os.RWF_NOWAIT) == 1 for at in (span.start, span.stop - 1))
     except OSError:  # not resident, not supported, or broken: the blocking read finds out which
         return False
+
+
+class Pipe:
+    """Bytes on their way from one descriptor to another that this process does not look at (splice(2)).
+
+    They come out once, in the order in which they went in. Its length is the number of bytes in it. One
+    thread at a time.
+    """
+
+    CAPACITY = 1024 * 1024
+    """Bytes it holds if the system allows; an unprivileged user has 64 MiB of them by default, pipe(7)."""
+
+    def __init__(self) -> None:
+        self._out, self._in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._count = 0
+        with suppress(OSError):  # then it has the 64 KiB that it was made with
+            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, self.CAPACITY)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def close(self) -> None:
+        """Close it; what is in it is gone."""
+        os.close(self._out)
+        os.close(self._in)
+
+    def fill(self, fd: int, most: int) -> int:
+        """Take up to `most` bytes from `fd`; return how many, 0 at its end.
+
+        Raises:
+            BlockingIOError: `fd`, which does not block, has none now, or the pipe is full.
+            OSError: whatever is wrong with `fd`.
+
+        """
+        count = os.splice(fd, self._in, most, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
+        self._count += count
+        return count
+
+    def move(self, fd: int, offset: int, count: int) -> None:
+        """Write the next `count` bytes into the file `fd` at `offset`."""
+        while count:
+            try:
+                done = os.splice(self._out, fd, count, offset_dst=offset, flags=os.SPLICE_F_MOVE)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                write(fd, memoryview(self.take(count)), offset)  # not every file system can splice
+                return
+            self._count -= done
+            count -= done
+            offset += done
+
+    def take(self, count: int) -> bytes:
+        """Return the next `count` bytes."""
+        parts = []
+        while count:
+            parts.append(os.read(self._out, count))
+            count -= len(parts[-1])
+            self._count -= len(parts[-1])
+        return b"".join(parts)
+
+
+Data = bytes | bytearray | memoryview | Pipe
+"""Bytes to be kept, wherever they are now."""
 
 
 def write(fd: int, data: memoryview, offset: int) -> None:

@@ -86,6 +86,7 @@ class Generation:
         tainted: whether the table on disk may claim a block that is not there.
         lent: how many loans let somebody else read the data file.
         epoch: counts the moments at which blocks began or finished to disappear.
+        dropped: the same per block that was dropped.
         dead: whether the files are no longer this generation's to change.
         lock: taken by every change of the above; reading them takes none.
 
@@ -107,6 +108,7 @@ class Generation:
         self.tainted = False
         self.lent = 0
         self.epoch = 0
+        self.dropped: dict[int, int] = {}
         self.dead = False
         self.lock = threading.RLock()
         self.owner = owner
@@ -232,24 +234,33 @@ class Generation:
 
     # Writing.
 
-    def write(self, block: int, part: Span, data: memoryview) -> None:
-        """Put `data` at `part`, which lies in `block`, unless that is present.
+    def write(self, block: int, part: Span, data: memoryview | disk.Pipe) -> None:
+        """Put `data`, or the next bytes of a pipe, at `part`, which lies in `block`, unless that is present.
 
         Raises:
-            CacheError: the disk is full, broken or gone.
+            CacheError: the disk is full, broken or gone, or what was written disappeared meanwhile and the
+                pipe does not have it any more.
 
         """
         while block not in self.blocks:
             self._occupy(block)
-            epoch = self.epoch
+            before = self.dropped.get(block, 0)
             with self._disk_errors("write to the cache"):
-                disk.write(self.data, data, part.start)
+                if isinstance(data, disk.Pipe):
+                    data.move(self.data, part.start, len(part))
+                else:
+                    disk.write(self.data, data, part.start)
             with self.lock:
-                # Else something disappeared meanwhile, perhaps these very bytes: write them again.
-                if self.epoch == epoch and block in self.occupied:
+                # Else the block was dropped meanwhile, perhaps with these very bytes: write them again.
+                if self.dropped.get(block, 0) == before and block in self.occupied and not self.dead:
                     if block not in self.blocks:
                         self.arrived[block] = merged(self.arrived.get(block, ()), part)
                     return
+            if isinstance(data, disk.Pipe):
+                self._check_alive()
+                raise CacheError(f"{self.path}: block {block} was dropped while it came in; fetch it again")
+        if isinstance(data, disk.Pipe):
+            data.take(len(part))
 
     def commit(self, block: int) -> None:
         """Make `block` present, all of whose bytes have been written.
@@ -345,7 +356,7 @@ class Generation:
             for block in gone:
                 self.arrived.pop(block, None)
             self.unchecked -= sum(not record.checked for _, record in dropped)
-            self.epoch += 1
+            self._count_drop(gone)
             if gone and self.row is not None and not self.dead:
                 lost = sum(len(block_span(block, self.size)) for block, _ in dropped)
                 self.owner.index.change(self.row, present=-lost)
@@ -360,7 +371,7 @@ class Generation:
                 except OSError as error:
                     self.tainted = True
                     _log.warning("%s", self._failure("remove a block", error))
-            self.epoch += 1
+            self._count_drop(gone)
         return freed
 
     def retire(self, *, used: bool = True) -> None:
@@ -394,6 +405,11 @@ class Generation:
         return Generation(self.path, self.size, self.owner)
 
     # How.
+
+    def _count_drop(self, blocks: Iterable[int]) -> None:
+        self.epoch += 1
+        for block in blocks:
+            self.dropped[block] = self.dropped.get(block, 0) + 1
 
     def _failure(self, doing: str, error: OSError) -> CacheError:
         self.owner.metrics.cache_errors.inc()

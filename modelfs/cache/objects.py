@@ -173,7 +173,7 @@ class CacheObject:
 
     # Writing.
 
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+    def write(self, offset: int, data: disk.Data) -> None:
         """Put the bytes `data` at `offset`; they can be read from now on, and are kept after :meth:`commit`.
 
         Makes room in the cache by itself. Bytes for blocks that are already present are not written: equal
@@ -183,14 +183,17 @@ class CacheObject:
             CacheError: the cache or its disk is full, broken or gone, or the object was closed or discarded.
 
         """
-        view = memoryview(data).cast("B")
-        span = Span(offset, offset + len(view))
+        source = data if isinstance(data, disk.Pipe) else memoryview(data).cast("B")
+        span = Span(offset, offset + len(source))
         self._check_span(span)
         now = self._now
         for block in span.blocks():
             whole = block_span(block, self.size)
             part = Span(max(whole.start, span.start), min(whole.stop, span.stop))
-            now.write(block, part, view[part.start - offset : part.stop - offset])
+            if isinstance(source, disk.Pipe):
+                now.write(block, part, source)
+            else:
+                now.write(block, part, source[part.start - offset : part.stop - offset])
 
     def commit(self, block: int) -> None:
         """Make `block`, all of whose bytes have been written, present.

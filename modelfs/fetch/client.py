@@ -1,48 +1,42 @@
 """The range client: one location, one span, one attempt. All bytes of all stores come through here.
 
-HTTP is libcurl's: of the clients compared in ``docs/data-plane.md`` it needs the least CPU for TLS. Each
-request runs in a worker thread on a curl easy handle from a pool; a handle keeps its connections alive, so
-that the next request to the same host needs no handshake. HTTP/1.1 only: one TCP connection per request in
-flight is faster than streams that share one.
-
-libcurl delivers bodies in pieces of 16 KiB, and each system call in between is a fight for the GIL when
-several threads receive. So the callback only copies the piece into a buffer; the sink gets `GATHER` bytes at
-once, or what there is as soon as curl has emptied the socket: gathering delays nobody.
+Each request runs in a worker thread on a handle from a pool; a handle keeps its connections alive, so that
+the next request to the same host needs no handshake. HTTP/1.1 only: one TCP connection per request in flight
+is faster than streams that share one. With TLS or through a proxy a request is libcurl's (`curl`): of the
+clients compared in ``docs/data-plane.md`` it needs the least CPU for TLS. Without them the kernel moves the
+body from the socket into the file (`plain`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import certifi
-import pycurl
 import trio
 
 from modelfs import __version__
-from modelfs.errors import BadAnswer, ConfigError, StoreError, Unavailable
+from modelfs.errors import BadAnswer, ConfigError, StoreError
 from modelfs.fetch.answer import ascii_url, origin_of
-from modelfs.fetch.exchange import GATHER, Exchange
+from modelfs.fetch.curl import Connection, Curl, Options, options
+from modelfs.fetch.exchange import Exchange
 from modelfs.fetch.guard import Guard, Pace, Sink, in_thread
 from modelfs.fetch.local import read_data, read_file
+from modelfs.fetch.plain import Plain, is_plain
+from modelfs.fetch.sockets import Sockets
 from modelfs.metrics import Metrics
 from modelfs.stores import redact
 from modelfs.stores.reach import Reach
 from modelfs.types import Location, Span
 
 __all__ = ["RangeClient", "Sink"]
-
-RECEIVE = 512 * 1024
-"""Bytes of curl's own receive buffer: a plain connection is emptied with few system calls."""
 
 MAX_REDIRECTS = 5
 
@@ -69,7 +63,7 @@ class RangeClient:
         ca_bundle: PEM file of the authorities to trust; by default ``$SSL_CERT_FILE``, the system's bundle or
             certifi's, the first that exists.
         user_agent: what servers see.
-        bandwidth: most bytes per second of all transfers together, enough for each to move `GATHER` bytes
+        bandwidth: most bytes per second of all transfers together, enough for each to move a MiB
             within `stall_timeout`; None for no limit.
 
     Raises:
@@ -96,12 +90,14 @@ class RangeClient:
         self._idle: list[_Handle] = []
         self._closed = False
         self._handles = 0
-        self._options = {
-            pycurl.CAINFO: _ca_bundle(ca_bundle),
-            pycurl.CONNECTTIMEOUT_MS: max(1, round(connect_timeout * 1000)),
-            pycurl.LOW_SPEED_TIME: math.ceil(stall_timeout),
-            pycurl.USERAGENT: user_agent,
-        }
+        self._stall_timeout = stall_timeout
+        self._user_agent = user_agent
+        self._options = options(
+            ca_bundle=_ca_bundle(ca_bundle),
+            connect_timeout=connect_timeout,
+            stall_timeout=stall_timeout,
+            user_agent=user_agent,
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -193,7 +189,7 @@ class RangeClient:
                 known.origin = origin
                 return known
             self._handles += 1
-        return _Handle(origin, self._options)
+        return _Handle(origin, self._options, self._stall_timeout, self._user_agent)
 
     def _give_back(self, handle: _Handle) -> None:
         with self._lock:
@@ -205,27 +201,27 @@ class RangeClient:
 
 
 class _Handle:
-    """One curl easy handle with the connections that it keeps alive; does one transfer at a time."""
+    """The connections that are kept alive for one transfer at a time."""
 
-    def __init__(self, origin: tuple[str, str, int], options: Mapping[int, Any]) -> None:
+    def __init__(self, origin: tuple[str, str, int], chosen: Options, stall: float, agent: str) -> None:
         self.origin = origin
-        self.aborted = False
-        self._lock = threading.Lock()
-        self._sockets: set[int] = set()
-        self._buffer = memoryview(bytearray(GATHER))
-        self._curl = pycurl.Curl()
-        for option, value in {**_OPTIONS, **options}.items():
-            self._curl.setopt(option, value)
-        self._curl.setopt(pycurl.SOCKOPTFUNCTION, self._opened)
-        self._curl.setopt(pycurl.CLOSESOCKETFUNCTION, self._close_socket)
+        self._sockets = Sockets()
+        self._curl = Curl(chosen, self._sockets)
+        self._plain = Plain(partial(Connection, options=chosen, sockets=self._sockets), stall, agent)
+
+    @property
+    def aborted(self) -> bool:
+        """Whether it is of no more use."""
+        return self._sockets.aborted
 
     def fetch(self, location: Location, span: Span, size: int, sink: Sink) -> None:
         """Do one attempt, redirects included; see `RangeClient.fetch`."""
         url, secrets = ascii_url(location.url), location.headers
         reach = Reach.PUBLIC if location.public else Reach.LINK
         for _ in range(MAX_REDIRECTS + 1):
-            exchange = Exchange(url, location, span, size, sink, self._buffer, reach)
-            self._perform(exchange, _fields(location, secrets, span))
+            exchange = Exchange(url, location, span, size, sink, reach)
+            speaker = self._plain if is_plain(url) else self._curl
+            speaker.perform(exchange, _fields(location, secrets, span))
             if exchange.target is None:
                 return
             if origin_of(exchange.target) != origin_of(url):
@@ -234,98 +230,16 @@ class _Handle:
             url = exchange.target
         raise BadAnswer(f"{redact(location.url)}: more than {MAX_REDIRECTS} redirects; check the store's URL")
 
-    def _perform(self, exchange: Exchange, fields: list[bytes]) -> None:
-        curl = self._curl
-        curl.setopt(pycurl.URL, exchange.url)
-        curl.setopt(pycurl.HTTPHEADER, fields)
-        curl.setopt(pycurl.PREREQFUNCTION, exchange.on_connected)
-        curl.setopt(pycurl.HEADERFUNCTION, exchange.on_header)
-        curl.setopt(pycurl.WRITEFUNCTION, exchange.on_body, use_memoryview=True)
-        curl.setopt(pycurl.XFERINFOFUNCTION, lambda *_: 1 if self.aborted else exchange.on_progress())
-        broken: pycurl.error | None = None
-        try:
-            curl.perform()
-        except pycurl.error as error:
-            broken = error
-        if exchange.failure is not None:
-            raise exchange.failure
-        if exchange.target is not None:
-            return
-        exchange.flush()  # also before a failure: the next attempt goes on behind what has arrived
-        if broken is not None:
-            raise _failure(redact(exchange.url), *broken.args) from broken
-        exchange.finish()
-
     def abort(self) -> bool:
-        """End the transfer from another thread; return whether that works at once.
-
-        Shutting the sockets down wakes curl even where it waits for a silent server. It does not work while
-        curl looks up a name: libc cannot be interrupted there, but no sink has been reached either, and
-        the thread ends by itself within the connect timeout.
-        """
-        with self._lock:
-            self.aborted = True
-            for fd in self._sockets:
-                sock = socket.socket(fileno=fd)
-                with contextlib.suppress(OSError):  # not connected any more
-                    sock.shutdown(socket.SHUT_RDWR)
-                sock.detach()
-            return bool(self._sockets)
+        """End the transfer from another thread; return whether that works at once."""
+        return self._sockets.abort()
 
     def close(self) -> None:
         self._curl.close()
-
-    def _opened(self, fd: int, purpose: int) -> int:
-        with self._lock:
-            if self.aborted:
-                return pycurl.SOCKOPT_ERROR
-            self._sockets.add(fd)
-            return pycurl.SOCKOPT_OK
-
-    def _close_socket(self, fd: int) -> int:
-        # Closed under the lock, so that `abort` never meets a number that already means another file.
-        with self._lock:
-            self._sockets.discard(fd)
-            os.close(fd)
-            return 0
+        self._plain.close()
 
 
-_SUPPRESS_CONNECT_HEADERS = 265  # CURLOPT_SUPPRESS_CONNECT_HEADERS, which pycurl has no name for
-
-_OPTIONS: Mapping[int, Any] = {
-    pycurl.PROTOCOLS: pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS,
-    pycurl.FOLLOWLOCATION: 0,  # by hand: curl would send all our headers but Authorization to strangers
-    pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
-    pycurl.HTTP_CONTENT_DECODING: 0,
-    pycurl.PATH_AS_IS: 1,  # a signature covers the path as it was written, ".." and all
-    _SUPPRESS_CONNECT_HEADERS: 1,  # a proxy's answer to CONNECT is not the store's
-    pycurl.BUFFERSIZE: RECEIVE,
-    pycurl.TCP_NODELAY: 1,
-    pycurl.NOSIGNAL: 1,  # curl must not use signals in threads
-    pycurl.NOPROGRESS: 0,
-    pycurl.LOW_SPEED_LIMIT: 1,
-}
-
-_BROKEN = frozenset({pycurl.E_PARTIAL_FILE, pycurl.E_FTP_WEIRD_SERVER_REPLY, pycurl.E_UNSUPPORTED_PROTOCOL})
-"""Codes of curl for answers that break HTTP: cut short, unparsable, HTTP/0.9."""
-
-_REMEDY = {
-    pycurl.E_COULDNT_RESOLVE_HOST: "check the name and the DNS",
-    pycurl.E_COULDNT_RESOLVE_PROXY: "check the proxy variables of the environment",
-    pycurl.E_PEER_FAILED_VERIFICATION: "add the authority that signed it to ca_bundle",
-    pycurl.E_SSL_CACERT_BADFILE: "check ca_bundle",
-}
-
-
-def _failure(place: str, code: int, text: str) -> StoreError:
-    """Return what curl's error means; every failure to reach the store is worth another attempt."""
-    text = re.sub(r"[^ -~]", "?", text)
-    if code in _BROKEN:
-        return BadAnswer(f"{place}: broken answer ({text}); try again")
-    return Unavailable(f"{place}: {text}; {_REMEDY.get(code, 'check the network')}")
-
-
-def _fields(location: Location, secrets: Mapping[str, str], span: Span) -> list[bytes]:
+def _fields(location: Location, secrets: Mapping[str, str], span: Span) -> dict[str, str]:
     """Return the header fields of a request; ours win over those of the location."""
     own = {"Range": f"bytes={span.start}-{span.stop - 1}", "Accept-Encoding": "identity"}
     if location.etag is not None and not location.etag.startswith("W/"):
@@ -338,11 +252,7 @@ def _fields(location: Location, secrets: Mapping[str, str], span: Span) -> list[
             raise BadAnswer(
                 f"{place}: the store hands over a malformed header {name!r}; check its credentials"
             )
-    # "Name;" is how curl spells a field without a value; "Name:" would remove it.
-    return [
-        f"{name}: {value}".encode("latin-1") if value else f"{name};".encode()
-        for name, value in fields.items()
-    ]
+    return fields
 
 
 def _ca_bundle(chosen: str | None) -> str:

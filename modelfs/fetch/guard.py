@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 from prometheus_client import Counter
 
+from modelfs.cache import Data
 from modelfs.types import Span
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class Sink(Protocol):
         The latter when the server ignored the range; raise if they are not wanted.
         """
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Take the bytes from `offset` on. `data` is a buffer that is used again: keep no view of it."""
+    def write(self, offset: int, data: Data) -> None:
+        """Take all bytes of `data`, which go to `offset`. A buffer is used again: keep no view of it."""
 
 
 async def in_thread(work: Callable[[], None], abort: Callable[[], bool]) -> None:
@@ -96,14 +97,15 @@ class Guard:
             self._begun = True
         self._sink.begin(span)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: Data) -> None:
         """Pass on, count and wait for the speed limit, or raise Aborted."""
         if self._aborted.is_set():
             raise Aborted
-        self._received.inc(len(data))
+        count = len(data)
+        self._received.inc(count)
         self._sink.write(offset, data)
         if self._pace:
-            self._aborted.wait(self._pace.delay(len(data)))
+            self._aborted.wait(self._pace.delay(count))
 
     def abort(self) -> bool:
         """End the transfer at its next call; return whether the sink may be in use at this moment."""

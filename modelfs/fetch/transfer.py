@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import trio
 
+from modelfs.cache import Data, Pipe
 from modelfs.errors import AccessDenied, BadAnswer, Expired, NotFound, Stale, StoreError
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.download import Download, Flight, Range
@@ -42,20 +43,21 @@ class _Sink:
             raise _Abort
         self._part = self._flight.ranges[0]
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        flight, part = self._flight, self._part
+    def write(self, offset: int, data: Data) -> None:
+        flight, part, count = self._flight, self._part, len(data)
         if flight.buffer is not None:
             # A store that ignores ranges sends everything: pick this flight's part out of it.
             skip = max(0, part.rest.start - offset)
-            data = memoryview(data)[skip : part.rest.stop - offset]
-            start = part.done
-            flight.buffer[start : start + len(data)] = data
+            view = memoryview(data.take(count) if isinstance(data, Pipe) else data)
+            view = view[skip : part.rest.stop - offset]
+            start, count = part.done, len(view)
+            flight.buffer[start : start + count] = view
         else:
             self._download.object.write(offset, data)
             if flight.whole:
-                self._commit_passed(offset, offset + len(data))
+                self._commit_passed(offset, offset + count)
         before = part.span.start + part.done
-        part.done += len(data)
+        part.done += count
         after = part.span.start + part.done
         if any(before < need <= after for need in flight.needs):
             self._token.run_sync_soon(self._download.wake, idempotent=True)

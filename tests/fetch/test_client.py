@@ -24,6 +24,7 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelfs.cache import Data, Pipe
 from modelfs.errors import (
     AccessDenied,
     BadAnswer,
@@ -75,19 +76,20 @@ class Basket:
         if self._on_begin:
             self._on_begin(span)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: Data) -> None:
         assert self.span is not None
         assert offset == self.span.start + len(self.data)
-        assert data
+        assert len(data)
         assert offset + len(data) <= self.span.stop
-        self.data += data
+        self.data += data.take(len(data)) if isinstance(data, Pipe) else data
         self.got.release()
         if self._on_write:
             self._on_write()
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["spliced", "curl"])
+def _speaker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speak plain HTTP in both ways: where a proxy is configured, though not for this host, curl does."""
     for name in (
         "http_proxy",
         "https_proxy",
@@ -98,6 +100,9 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         "NO_PROXY",
     ):
         monkeypatch.delenv(name, raising=False)
+    if request.param == "curl":
+        monkeypatch.setenv("http_proxy", "http://proxy.invalid")
+        monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
 
 
 @pytest.fixture(scope="module")
@@ -684,6 +689,7 @@ def test_a_missing_ca_bundle_is_a_configuration_error(tmp_path: Path) -> None:
 def test_http_goes_through_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with Server(GOOD) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.delenv("no_proxy", raising=False)
         assert fetch(Location("http://models.invalid/x")).span == SPAN
     assert proxy.requests[0].target == "http://models.invalid/x"
 
@@ -693,6 +699,7 @@ def test_https_goes_through_a_tunnel(
 ) -> None:
     with Server(GOOD, tls=tls) as server, Server(tunnel) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
+        monkeypatch.delenv("no_proxy", raising=False)
         basket = fetch(Location(server.url, SECRETS), ca_bundle=bundle)
     assert basket.data == CONTENT[SPAN.start : SPAN.stop]
     assert proxy.requests[0].method == "CONNECT"
