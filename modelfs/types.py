@@ -42,6 +42,11 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def __and__(self, other: Span) -> Span:
+        """Return the bytes of both, an empty span if there are none."""
+        start = max(self.start, other.start)
+        return Span(start, max(start, min(self.stop, other.stop)))
+
     def blocks(self) -> range:
         """Return the indexes of the blocks that hold any byte of this span."""
         if self.start == self.stop:

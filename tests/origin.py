@@ -23,6 +23,8 @@ class Origin:
         """Path → sha256 that the manifest publishes; only for these."""
         self.held: dict[str, tuple[int, threading.Event]] = {}
         """Path → after how many bytes of the file its answer waits, and for what."""
+        self.long: tuple[int, threading.Event] | None = None
+        """Answers with more than so many bytes of a file wait for this."""
         self.silent = threading.Event()
         """While set, requests for contents get no answer until `silence_over`."""
         self.silence_over = threading.Event()
@@ -67,7 +69,7 @@ class Origin:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.silence_over.set()
-        for _, event in self.held.values():
+        for _, event in (*self.held.values(), *([self.long] if self.long else [])):
             event.set()
         self._server.shutdown()
         self._thread.join()
@@ -121,6 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(path, data, start, stop)
 
     def _send(self, path: str, data: bytes, start: int, stop: int) -> None:
+        long = self.owner.long
+        if long is not None and stop - start > long[0]:
+            long[1].wait()
         try:
             if path in self.owner.held:
                 limit, event = self.owner.held[path]

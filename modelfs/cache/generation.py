@@ -139,6 +139,14 @@ class Generation:
                 return False
         return True
 
+    def gaps(self, block: int) -> list[Span]:
+        """Return the spans of `block` that were not written, in their order; none if present. Loop-safe."""
+        whole = block_span(block, self.size)
+        extents = (whole,) if block in self.blocks else self.arrived.get(block, ())
+        starts = [whole.start, *(extent.stop for extent in extents)]
+        stops = [*(extent.start for extent in extents), whole.stop]
+        return [Span(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
+
     def doubtful(self, span: Span) -> list[int]:
         """Return the blocks of `span` that are present but must be checked first. Loop-safe."""
         if not self.unchecked:

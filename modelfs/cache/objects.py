@@ -100,6 +100,10 @@ class CacheObject:
         present = self._now.blocks
         return [block for block in blocks if block not in present]
 
+    def gaps(self, block: int) -> list[Span]:
+        """Return the spans of `block` that must be written before :meth:`commit`, in order. Loop-safe."""
+        return self._now.gaps(block)
+
     def covers(self, span: Span) -> bool:
         """Return whether :meth:`read` can serve `span`. Loop-safe.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import trio
 
@@ -14,10 +15,17 @@ from modelfs.fetch.source import Source
 from modelfs.types import Digest, Entry, Span, block_count, block_span
 
 PER_OBJECT = 8
-"""Most blocks of one object on their way at once: one model's load leaves room for another's."""
+"""Most blocks of one object that are fetched ahead at once: one model's load leaves room for another's."""
 
 GRAIN = 128 * 1024
 """A block wanted from its middle is fetched from there first, rounded down to this many bytes."""
+
+PIECE = 1024 * 1024
+"""Bytes from there that come with a request of their own; what the kernel asks for at once at the most.
+
+A loader that maps a file looks at many places, one after the other. Who brings it one of them is then free
+for the next (`Fetcher.goes_on`); the rest of the block comes when its turn has come.
+"""
 
 
 class Range:
@@ -56,12 +64,10 @@ class Flight:
         "whole",
     )
 
-    def __init__(self, block: int, priority: Priority, size: int, origin: int) -> None:
-        span = block_span(block, size)
-        parts = (Span(origin, span.stop), Span(span.start, origin))
+    def __init__(self, block: int, priority: Priority, parts: Iterable[Span]) -> None:
         self.blocks = range(block, block + 1)
         self.priority = priority
-        self.ranges = [Range(part) for part in parts if part]
+        self.ranges = [Range(part) for part in parts]
         self.needs: tuple[int, ...] = ()
         self.buffer: bytearray | None = None
         self.whole = False
@@ -75,6 +81,15 @@ class Flight:
     def done(self) -> int:
         """Bytes that have arrived."""
         return sum(part.done for part in self.ranges)
+
+    def before(self, position: int) -> int:
+        """Return how many bytes come in before the one at `position`, in bytes of the object."""
+        ahead = 0
+        for part in self.ranges:
+            if part.span.start <= position < part.span.stop:
+                return ahead + max(0, position - part.rest.start)
+            ahead += len(part.rest)
+        return ahead
 
     def holds(self, span: Span) -> bool:
         """Return whether all bytes of `span`, a part of this flight's blocks, have arrived."""
@@ -100,6 +115,7 @@ class Download:
         self.origins: dict[int, int] = {}
         self.streams: tuple[Stream, ...] = ()
         self.flights: dict[int, Flight] = {}
+        self.express: dict[int, Flight] = {}
         self.prefetch = False
         self.paused_until = -math.inf
         self.no_ranges = False
@@ -158,9 +174,43 @@ class Download:
         if not self.demand[block]:
             del self.demand[block], self.origins[block]
 
+    def coming(self, block: int) -> list[Flight]:
+        """Return the flights that bring bytes of `block`."""
+        return [flights[block] for flights in (self.flights, self.express) if block in flights]
+
+    def is_far(self, block: int) -> bool:
+        """Return whether what is waited for of `block` comes much later than with a request of its own."""
+        flight, origin = self.flights.get(block), self.origins.get(block)
+        if (
+            flight is None
+            or origin is None
+            or block in self.express
+            or flight.whole
+            or flight.buffer is not None
+        ):
+            return False
+        return flight.before(origin) > PIECE
+
+    def piece(self, block: int) -> Span:
+        """Return the part of `block` that somebody waits for first."""
+        whole = block_span(block, self.entry.size)
+        origin = self.origins.get(block, whole.start)
+        return Span(origin // GRAIN * GRAIN, -(-(origin + PIECE) // GRAIN) * GRAIN) & whole
+
+    def parts(self, block: int) -> list[Span]:
+        """Return what is missing of `block`, in the order in which to fetch it: what is waited for first.
+
+        Whoever waits for the first byte of a block goes on as a rule, so it is one part then.
+        """
+        whole, first = block_span(block, self.entry.size), self.piece(block)
+        cuts = (first, Span(first.stop, whole.stop), Span(whole.start, first.start))
+        if first.start == whole.start:
+            cuts = (whole, Span(0, 0), Span(0, 0))
+        return [part for cut in cuts for gap in self.object.gaps(block) if (part := gap & cut)]
+
     def wake(self) -> None:
         """Let every waiting reader look again; each says anew what it needs."""
-        for flight in self.flights.values():
+        for flight in (*self.flights.values(), *self.express.values()):
             flight.needs = ()
         self._changed.unpark_all()
 
@@ -170,13 +220,14 @@ class Download:
 
     def steps(self, now: float) -> Iterator[Step]:
         """Yield what to fetch next, most urgent first."""
-        if self.error or self.object.complete or len(self.flights) >= PER_OBJECT:
+        if self.error or self.object.complete:
             return iter(())
         if self.no_ranges:
             wanted = [] if self.flights else list(self.demand)[:1]
             return iter([Step(block, Priority.DEMAND) for block in wanted])
         paused = now < self.paused_until
-        return plan(
+        far = (Step(block, Priority.DEMAND) for block in list(self.demand) if self.is_far(block))
+        planned = plan(
             blocks=len(self.blocks),
             absent=lambda block: block not in self.flights and not self.object.has(block),
             demand=self.demand,
@@ -184,6 +235,7 @@ class Download:
             whole=self.prefetch and not paused,
             order=self.order,
         )
+        return chain(far, planned)
 
     def go_whole(self, flight: Flight) -> bool:
         """Turn `flight` into the one stream of the whole object, which a store without ranges sends.

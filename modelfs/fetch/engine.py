@@ -42,13 +42,13 @@ import trio
 from modelfs.cache import Cache
 from modelfs.errors import CacheError, Corrupt, ModelfsError
 from modelfs.fetch.client import RangeClient
-from modelfs.fetch.download import GRAIN, PER_OBJECT, Download, Flight
+from modelfs.fetch.download import PER_OBJECT, Download, Flight
 from modelfs.fetch.planner import Priority, Step, is_weights
 from modelfs.fetch.reader import Reader
 from modelfs.fetch.source import Source
 from modelfs.fetch.transfer import Transfer
 from modelfs.metrics import Metrics
-from modelfs.types import BLOCK, Digest, Entry, Span, block_span
+from modelfs.types import BLOCK, Digest, Entry, Span
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Fetcher:
     ) -> None:
         self._nursery = nursery
         self._cache = cache
-        self._transfer = Transfer(client, metrics, read_deadline, self.committed)
+        self._transfer = Transfer(client, metrics, read_deadline, self.committed, self.goes_on)
         self.metrics = metrics
         self._connections = connections
         self.deadline = read_deadline
@@ -219,7 +219,7 @@ class Fetcher:
             self._retire(download)
 
     def _retire(self, download: Download) -> None:
-        busy = download.flights or download.verifying or download.checking
+        busy = download.flights or download.express or download.verifying or download.checking
         if download.readers or busy or download.closed:
             return
         download.closed = True
@@ -275,18 +275,28 @@ class Fetcher:
         if self._room(priority) <= 0 or (priority and now < self._disk_paused_until):
             return started
         for step in download.steps(now):
-            if step.priority > priority or self._room(priority) <= 0 or len(download.flights) >= PER_OBJECT:
+            full = step.priority and len(download.flights) >= PER_OBJECT
+            if full or step.priority > priority or self._room(priority) <= 0:
                 break
             self._start(download, step)
             started = True
         return started
 
+    def goes_on(self, download: Download, flight: Flight) -> bool:
+        """Return whether `flight` should bring the rest of its block too, now that a part of it is there.
+
+        Not if nobody waits for it and it holds one of the last connections: they are for who waits.
+        """
+        waited = any(block in download.demand for block in flight.blocks)
+        return waited or self._active <= self._connections - RESERVED[Priority.READAHEAD]
+
     def _start(self, download: Download, step: Step) -> None:
-        size = download.entry.size
-        span = block_span(step.block, size)
-        origin = download.origins.get(step.block, span.start) // GRAIN * GRAIN
-        flight = Flight(step.block, step.priority, size, max(span.start, origin))
-        download.flights[step.block] = flight
+        if step.block in download.flights:
+            flight = Flight(step.block, step.priority, [download.piece(step.block)])
+            download.express[step.block] = flight
+        else:
+            flight = Flight(step.block, step.priority, download.parts(step.block))
+            download.flights[step.block] = flight
         self._active += 1
         self._nursery.start_soon(self._fly, download, flight)
         if not self._watching:
@@ -313,9 +323,10 @@ class Fetcher:
         finally:
             flight.finished = True
             self._active -= 1
-            for block in flight.blocks:
-                if download.flights.get(block) is flight:
-                    del download.flights[block]
+            for flights in (download.flights, download.express):
+                for block in flight.blocks:
+                    if flights.get(block) is flight:
+                        del flights[block]
             download.wake()
             self.pump()
             self._look_ahead(download)
@@ -351,9 +362,10 @@ class Fetcher:
         """Bring the flight's bytes in and make them part of the cache, or of the memory without one."""
         if trio.current_time() >= self._disk_paused_until:
             try:
-                await self._transfer.run(download, flight)
+                if not await self._transfer.run(download, flight):
+                    return
                 for block in flight.blocks:
-                    if not download.object.has(block):
+                    if download.flights.get(block) is flight and not download.object.has(block):
                         await trio.to_thread.run_sync(download.object.commit, block, limiter=self.disk)
             except CacheError as error:
                 log.warning("%s; streaming without the cache for %g s", error, DISK_PAUSE)
@@ -361,7 +373,8 @@ class Fetcher:
             else:
                 self.committed(download)
                 return
-        wanted = next((block for block in flight.blocks if block in download.demand), None)
+        mine = (block for block in flight.blocks if download.flights.get(block) is flight)
+        wanted = next((block for block in mine if block in download.demand), None)
         if wanted is not None:
             async with self._memory_slots:
                 await self._land_in_memory(download, flight, wanted)

@@ -214,8 +214,9 @@ class Reader:
                         download.want(block, piece.start)
                 self._fetcher.pump_for(download)
                 for block, piece in missing:
-                    if coming := download.flights.get(block):
-                        seen.add(coming)
+                    if block in download.flights:
+                        seen.add(download.flights[block])
+                    for coming in download.coming(block):
                         coming.needs = (*coming.needs, piece.stop)
                 if all(not self._there(block, piece) for block, piece in missing):
                     await download.changed()

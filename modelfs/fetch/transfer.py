@@ -80,6 +80,7 @@ class Transfer:
         metrics: what is counted.
         deadline: seconds after which a flight fails with its last error.
         committed: called in the trio thread after a block of a whole-object stream became part of the cache.
+        goes_on: whether a flight of which a part has arrived should bring the rest as well.
 
     """
 
@@ -89,14 +90,18 @@ class Transfer:
         metrics: Metrics,
         deadline: float,
         committed: Callable[[Download], None],
+        goes_on: Callable[[Download, Flight], bool],
     ) -> None:
         self._client = client
         self._metrics = metrics
         self._deadline = deadline
         self.committed = committed
+        self._goes_on = goes_on
 
-    async def run(self, download: Download, flight: Flight) -> None:
-        """Run attempts until every range of the flight has arrived.
+    async def run(self, download: Download, flight: Flight) -> bool:
+        """Run attempts until every range of the flight has arrived, or those that it should bring.
+
+        Returns whether everything has arrived.
 
         Raises:
             StoreError: no attempt can help, or the deadline passed.
@@ -109,7 +114,10 @@ class Transfer:
         while True:
             part = next((part for part in flight.ranges if part.rest), None)
             if part is None:
-                return
+                return True
+            begins = part is not flight.ranges[0] and not part.done
+            if begins and flight.buffer is None and not self._goes_on(download, flight):
+                return False
             before = part.done
             try:
                 await self._attempt(download, flight, part)
