@@ -27,9 +27,7 @@ class Exchange:
 
     """
 
-    def __init__(
-        self, url: str, location: Location, span: Span, size: int, sink: Sink, reach: Reach
-    ) -> None:
+    def __init__(self, url: str, location: Location, span: Span, size: int, sink: Sink, reach: Reach) -> None:
         self.url = url
         self.reach = reach
         self.place = redact(url)

@@ -50,8 +50,12 @@ def mount(place: Path, origin: Origin, transport: str) -> Iterator[Mounted]:
         yield own
 
 
+PIECE = 5 * 1024 * 1024 // 4
+"""The longest range that is asked for past another that will bring it later."""
+
+
 def fetched_twice(origin: Origin, path: str) -> list[str]:
-    """Return the ranges of `path` of which some byte had been asked for before."""
+    """Return the ranges of `path` longer than a piece of which some byte had been asked for before."""
     seen: list[range] = []
     again = []
     for _, name, span in origin.contents():
@@ -59,6 +63,8 @@ def fetched_twice(origin: Origin, path: str) -> list[str]:
             match = re.fullmatch(r"bytes=(\d+)-(\d+)", span)
             assert match, f"{name} was asked for as a whole: {span!r}"
             asked = range(int(match[1]), int(match[2]) + 1)
+            if len(asked) <= PIECE:
+                continue
             if any(asked.start < other.stop and other.start < asked.stop for other in seen):
                 again.append(span)
             seen.append(asked)
