@@ -160,7 +160,7 @@ def test_a_block_wanted_from_its_middle_is_fetched_from_there(tmp_path: Path) ->
         assert await reader.read(6 * MIB + 5, 1000) == data[6 * MIB + 5 : 6 * MIB + 1005]
         assert rig.origin.contents()[0][2].startswith(f"bytes={6 * MIB}-")
         assert await reader.read(0, BLOCK) == data
-        assert rig.fetched() == BLOCK
+        assert rig.fetched() <= BLOCK + 2 * MIB  # a piece may come past the rest that is under way
 
     with Origin({"x.dat": data}) as origin:
         against(origin, tmp_path, test)
