@@ -334,7 +334,7 @@ def test_many_readers_at_distant_offsets_get_their_bytes(tmp_path: Path) -> None
         async with trio.open_nursery() as nursery:
             for n in range(8):
                 nursery.start_soon(stream, n * len(data) // 8, (n + 1) * len(data) // 8)
-        assert rig.fetched() == len(data)
+        assert len(data) <= rig.fetched() < 1.3 * len(data)  # pieces may come twice, blocks do not
 
     with Origin({"x.dat": data}) as origin:
         against(origin, tmp_path, test)

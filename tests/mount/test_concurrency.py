@@ -136,7 +136,7 @@ def test_64_processes_read_the_same_and_other_files(
     assert [line.split()[0] for line in outputs(readers)] == [sha256(files[name]) for name in names]
     for name in set(names):
         assert fetched_twice(origin, name) == []
-    assert mount.fetched() == sum(map(len, files.values()))
+    assert mount.fetched() < 1.3 * sum(map(len, files.values()))
 
 
 FORKED = """
