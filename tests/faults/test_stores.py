@@ -49,7 +49,7 @@ ROWS = [
     # Without the farewell of TLS it is a broken connection.
     Row(Fault("truncated", at=0), "BadAnswer Unavailable BadAnswer BadAnswer"),
     Row(Fault("silence", seconds=0.5), "Unavailable"),
-    Row(Fault("silence-in-body", at=0, seconds=1), "Unavailable"),
+    Row(Fault("silence-in-body", at=0, seconds=DEADLINE + 1), "Unavailable"),
     Row(Fault("trickle", seconds=0.5), "right"),
     Row(Fault("status-429", seconds=1), "Unavailable"),
     Row(Fault("status-500", seconds=1), "Unavailable"),
