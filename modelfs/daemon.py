@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from modelfs import __version__, control
+from modelfs import __version__, control, privileges
 from modelfs.cache import Cache
 from modelfs.catalog import Catalog
 from modelfs.config import Settings, options_for
@@ -294,6 +294,7 @@ class Daemon:
             "pid": os.getpid(),
             "holder_pid": os.getppid() if self._held else None,
             "handovers": self._held.handovers if self._held else 0,
+            "capabilities": privileges.held(),
             "mountpoint": str(self._place),
             "started": self._started,
             "transport": {

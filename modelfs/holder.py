@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from modelfs import __version__, service
+from modelfs import __version__, privileges, service
 from modelfs.control.notice import Notice, posted
 from modelfs.control.runtime import Record
 from modelfs.errors import MountError
@@ -270,6 +270,7 @@ def main() -> None:
     logging.basicConfig(format=line, level=logging.INFO)
     os.chdir("/")  # keep no directory busy
     settings = sys.stdin.buffer.read()
+    privileges.limit(frozenset(privileges.Capability))  # its daemons cannot have more than it has
     command = [sys.executable, "-P", "-m", "modelfs", "daemon"]
     raise SystemExit(min(255, abs(Holder(mountpoint, settings, command, held).run(ready))))
 

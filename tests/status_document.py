@@ -11,6 +11,7 @@ _DOCUMENT: dict[str, Any] = {
     "holder_pid": None,
     "handovers": 0,
     "pid": 4242,
+    "capabilities": ["CAP_DAC_READ_SEARCH", "CAP_SYS_ADMIN"],
     "mountpoint": "/models",
     "started": 1_700_000_000.0,
     "transport": {"name": "pyfuse3", "passthrough": False, "why": "asked for"},

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"fetch"},
     {"cache", "stores"},
     {"metrics", "pickles"},
-    {"types"},
+    {"types", "privileges"},
     {"listing"},
     {"digest"},
     {"errors"},

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
 import modelfs
-from modelfs import control, holder, service
+from modelfs import control, holder, privileges, service
 from modelfs.config import Settings
 from modelfs.errors import ModelfsError, MountError
 from modelfs.fuse import mountpoint
@@ -117,6 +117,7 @@ def _become_holder(settings: Settings) -> NoReturn:
 
 def _run_daemon(settings: Settings, ready: Callable[[dict[str, Any]], None], held: Held | None) -> None:
     """Run the daemon; end the process with `holder.LEFT` if it left its mount to a successor."""
+    privileges.limit(privileges.needed(settings.cache.directory))
     from modelfs import daemon  # libfuse, libcurl and more: only the daemon's process pays for them
 
     if daemon.run(settings, ready=ready, held=held):
