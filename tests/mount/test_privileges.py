@@ -17,7 +17,7 @@ SIZE = 20_000_000
 
 
 def rights(pid: int) -> set[tuple[int, int, int, int]]:
-    """Return what each thread holds: effective, permitted, what more its bounding set has, no new privileges."""
+    """Return what each thread holds: effective, permitted, more in its bounding set, no new privileges."""
     found = set()
     for thread in Path(f"/proc/{pid}/task").iterdir():
         rows = dict(line.split(":", 1) for line in (thread / "status").read_text().splitlines())
@@ -59,6 +59,15 @@ def test_a_daemon_keeps_what_its_mount_needs(place: Path, private: str, transpor
             most = kept | DAC_OVERRIDE
             assert rights(status["holder_pid"]) == {(most, most, 0, 1)}
         mount.umount()
+
+
+def test_a_mount_is_read_only_and_knows_no_devices_and_no_set_uid(
+    place: Path, private: str, transport: str
+) -> None:
+    with mounted(place, sources={"m": private}, transport=transport, env=alone(place)) as mount:
+        rows = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+        (options,) = (row[3].split(",") for row in rows if row[1] == str(mount.path))
+        assert {"ro", "nosuid", "nodev"} <= set(options)
 
 
 def test_a_successor_has_no_more_and_no_less(place: Path, private: str) -> None:
