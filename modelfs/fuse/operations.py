@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from modelfs.cache import Loan, Place
@@ -34,6 +34,9 @@ SHORT = 5.0
 
 NAME_MAX = 255
 """Bytes of the longest name in a directory, as on a disk; the kernel would ask for up to 1024."""
+
+PAGE = 256
+"""Most names in one answer: the kernel has room for thousands, and others wait while they are made."""
 
 OURS = "user.modelfs."
 """What the names of all extended attributes begin with."""
@@ -288,11 +291,15 @@ class Operations:
 
     @answering
     def readdir(self, handle: int, start: int) -> Iterator[Listed]:
-        """Return the names of an open directory from position `start` on, made as they are asked for."""
+        """Return the next names of an open directory from position `start` on, `PAGE` at most.
+
+        They are made as they are asked for.
+        """
         listing = self._listings.get(handle)
         if listing is None:
             raise OSError(errno.ESTALE, f"no handle {handle}")
-        return (Listed(name, self.attributes(node), node, place) for name, node, place in listing(start))
+        page = islice(listing(start), PAGE)
+        return (Listed(name, self.attributes(node), node, place) for name, node, place in page)
 
     @answering
     def releasedir(self, handle: int) -> None:

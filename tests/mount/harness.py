@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from modelfs import control
 from modelfs.fuse import mountpoint
@@ -62,16 +63,20 @@ class Mounted:
     def requests(self) -> int:
         return int(self.status()["fetch"]["requests"])
 
-    def metric(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples of ``/metrics`` of this name with these labels."""
+    def samples(self, name: str, **labels: str) -> list[Sample]:
+        """Return the samples of ``/metrics`` of this name with these labels, all of one moment."""
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(control.socket_path(self.path)))) as client:
             text = client.get("http://modelfs/metrics").text
-        return sum(
-            sample.value
+        return [
+            sample
             for family in text_string_to_metric_families(text)
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        ]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of `samples`."""
+        return sum(sample.value for sample in self.samples(name, **labels))
 
     def run(
         self, *command: str, user: str | None = None, check: bool = True, env: Mapping[str, str] | None = None
