@@ -83,9 +83,9 @@ def test_every_command_explains_itself(command: str, run: Any) -> None:
 
 
 def test_examples_in_the_help_are_commands_that_parse(run: Any) -> None:
-    text = "".join(run(*words, "-h")[1] for words in ((), ("mount",), ("ls",)))
-    examples = re.findall(r"^ +modelfs ((?:mount|ls|status|umount)\b.*)$", text, re.MULTILINE)
-    assert len(examples) >= 9
+    text = "".join(run(*words, "-h")[1] for words in ((), ("mount",), ("ls",), ("verify",), ("lock",)))
+    examples = re.findall(r"^ +modelfs ((?:mount|ls|status|umount|verify|lock)\b.*)$", text, re.MULTILINE)
+    assert len(examples) >= 15
     for example in examples:
         words = re.split(r"\s{3,}", example)[0].split()
         # A wrong option is refused before -h is acted on only if it stands in front of it.
@@ -622,3 +622,53 @@ def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+# -- verify
+
+
+def test_verify_needs_to_know_which_mount(run: Any, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = run("verify")
+    assert (code, out) == (4, "")
+    assert one_line(err) == "nothing is mounted: name a directory with --cache-dir, or mount first"
+    found = [control.Record(Path(place), 1, 0.0, "0.1.0") for place in ("/a", "/b")]
+    monkeypatch.setattr(control, "mounts", lambda: found)
+    code, _, err = run("verify", "finbert")
+    assert (code, one_line(err)) == (4, "name one of your mounts with --mountpoint: /a, /b")
+    code, _, err = run("verify", "finbert", "--cache-dir", str(world))
+    assert code == 3
+    assert one_line(err).startswith("--cache-dir checks a whole directory: leave MODEL")
+
+
+def test_what_a_verification_found_is_told_line_by_line() -> None:
+    bad = {"name": "m/w\x1b.bin", "key": "k", "faults": ["block 1 is bad", "block 2 is bad"], "dropped": 2048}
+    out = Console(file=io.StringIO(), width=200, markup=False, highlight=False, soft_wrap=True)
+    show.verified(out, {"objects": 2, "bytes": 1024**2, "bad": [bad]})
+    assert isinstance(out.file, io.StringIO)
+    assert out.file.getvalue().splitlines() == [
+        "verified 1.0 MiB in 2 objects: 1 object bad, 2.0 KiB discarded, to be fetched again",
+        r"m/w\x1b.bin: block 1 is bad",
+        r"m/w\x1b.bin: block 2 is bad",
+    ]
+
+
+# -- lock
+
+
+def test_nothing_to_lock_is_told(run: Any) -> None:
+    code, out, err = run("lock")
+    assert (code, out) == (3, "")
+    assert one_line(err).startswith(
+        "there is no model to lock: name one in the configuration or with --source"
+    )
+
+
+def test_a_lock_that_is_not_there_is_told_by_mount(world: Path) -> None:
+    (world / "empty").mkdir()
+    settings = cli.config.load(
+        mountpoint=world / "empty", flags={"log_file": "log", "locked": True}, sources=["m=mock://m"]
+    )
+    with pytest.raises(
+        ConfigError, match=r"^/.*/modelfs\.lock: cannot be read: No such file or directory: make it"
+    ):
+        launch.background(settings)

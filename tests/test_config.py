@@ -205,6 +205,14 @@ def test_settings_survive_the_way_to_the_daemon() -> None:
         assert type(again.cache.min_free) is type(settings.cache.min_free)
 
 
+def test_settings_that_an_older_modelfs_wrote_are_completed() -> None:
+    written = loaded(MODEL).to_json()
+    for name in ("scrub", "locked", "lock"):
+        del written[name]
+    settings = Settings.from_json(json.loads(json.dumps(written)))
+    assert (settings.scrub, settings.locked) == (20 * 1024**2, False)
+
+
 def test_settings_show_no_options_and_urls() -> None:
     text = "models: {m: {source: 'fake://u:hush1@m', options: {profile: hush2}}}\n"
     assert "hush" not in repr(loaded(text + "stores: {'fake://': {endpoint_url: hush3}}\n"))

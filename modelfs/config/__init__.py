@@ -174,7 +174,9 @@ class Settings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        """Return the settings that `to_json` wrote."""
+        """Return the settings that `to_json` wrote; what an older modelfs did not write is as by default."""
+        defaults = {key.name: key.default for key in KEYS if "." not in key.name}
+        data = {**defaults, "lock": LOCK, **data}
         cache = CacheSettings(**{**data["cache"], "directory": Path(data["cache"]["directory"])})
         models = tuple(ModelSettings(**{**m, "sources": tuple(m["sources"])}) for m in data["models"])
         paths = {name: None if data[name] is None else Path(data[name]) for name in _PATHS}
