@@ -60,17 +60,25 @@ class Holder:
         mountpoint: where it is, for the unmount when no daemon can do it.
         settings: what each daemon reads from its standard input; may hold secrets, so no command line has it.
         command: starts a daemon; the descriptors are appended as options.
-        held: what an earlier holder left; None begins a new mount.
+        managed: whether it is the main process of a service, whose manager is told how it is.
+        held: what an earlier holder left with the manager; None begins a new mount.
 
     """
 
     def __init__(
-        self, mountpoint: Path, settings: bytes, command: Sequence[str], held: Held | None = None
+        self,
+        mountpoint: Path,
+        settings: bytes,
+        command: Sequence[str],
+        *,
+        managed: bool,
+        held: Held | None = None,
     ) -> None:
         self._mountpoint = mountpoint
         self._settings = settings
         self._command = command
-        self._kept = service.keeps_descriptors()
+        self._managed = managed and service.is_there()
+        self._kept = managed and service.keeps_descriptors()
         if held is None:
             device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             held = Held(device, Ledger.create().fd)
@@ -83,8 +91,7 @@ class Holder:
         """Run daemons until the tree is unmounted; return the exit code.
 
         Args:
-            ready: a descriptor that the first daemon gets as ``--ready-fd``; closed here. Without it the
-                service manager is told when a daemon serves.
+            ready: a descriptor that the first daemon gets as ``--ready-fd``; closed here.
 
         """
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -118,7 +125,7 @@ class Holder:
                     REST_SECONDS,
                 )
                 record, body = self._notice(quick, how)
-                service.tell(f"STATUS={body['error']}")
+                self._tell(f"STATUS={body['error']}")
                 with posted(record, body) as notice:
                     self._refuse(REST_SECONDS, notice)
                 quick = 0
@@ -129,7 +136,7 @@ class Holder:
         words += ["--kept"] * self._kept
         handed = [self._device, self._ledger]
         answers = None
-        if ready is None and service.is_there():
+        if self._managed:
             answers, ready = os.pipe()
         if ready is not None:
             words += ["--ready-fd", str(ready)]
@@ -159,12 +166,16 @@ class Holder:
         if self._kept and self._is_mounted():
             service.keep(_DEVICE, self._device)
             service.keep(_LEDGER, self._ledger)
-        service.tell("READY=1", f"STATUS={self._mountpoint} is served by process {pid}")
+        self._tell("READY=1", f"STATUS={self._mountpoint} is served by process {pid}")
+
+    def _tell(self, *assignments: str) -> None:
+        if self._managed:
+            service.tell(*assignments)
 
     def _stop(self, number: int, frame: object) -> None:
         """Pass a signal to end on to the daemon."""
         self._stopping = True
-        service.tell("STOPPING=1")
+        self._tell("STOPPING=1")
         os.write(self._woken, b"x")
         if self._daemon is not None and self._daemon.returncode is None:
             self._daemon.terminate()
@@ -272,7 +283,8 @@ def main() -> None:
     settings = sys.stdin.buffer.read()
     privileges.limit(frozenset(privileges.Capability))  # its daemons cannot have more than it has
     command = [sys.executable, "-P", "-m", "modelfs", "daemon"]
-    raise SystemExit(min(255, abs(Holder(mountpoint, settings, command, held).run(ready))))
+    holder = Holder(mountpoint, settings, command, managed=ready is None, held=held)
+    raise SystemExit(min(255, abs(holder.run(ready))))
 
 
 if __name__ == "__main__":

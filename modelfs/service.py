@@ -20,7 +20,13 @@ _TOLD = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 def is_there() -> bool:
-    """Return whether a service manager started this process and listens (``Type=notify``)."""
+    """Return whether a service manager started this very process and listens (``Type=notify``).
+
+    Children inherit its variables; systemd 248 tells them apart by ``$SYSTEMD_EXEC_PID``.
+    """
+    own = str(os.getpid())
+    if os.environ.get("SYSTEMD_EXEC_PID", own) != own:
+        return False
     return os.environ.get("NOTIFY_SOCKET", "").startswith(("/", "@"))
 
 

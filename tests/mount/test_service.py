@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from modelfs.fuse import mountpoint
-from tests.mount.harness import Mounted, alone, eventually, left_behind
+from tests.mount.harness import Mounted, alone, eventually, left_behind, mounted
 from tests.mount.test_handover import BLOCK, Readers, noise, sha256
 from tests.origin import Origin
 
@@ -27,6 +27,7 @@ fds = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 50) for fd in sys.argv[1].split(',') 
 for number, fd in enumerate(fds, 3):
     os.dup2(fd, number)
     os.close(fd)
+os.environ['SYSTEMD_EXEC_PID'] = str(os.getpid())
 if fds:
     os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)))
 os.execv(sys.argv[2], sys.argv[2:])
@@ -188,3 +189,19 @@ def test_what_a_stopped_service_leaves_can_be_unmounted(place: Path, origin: Ori
         manager.forget()
         said = mount.cli("umount", str(mount.path)).stdout
         assert said == f"removed the mount that a daemon left behind on {mount.path}\n"
+
+
+def test_a_mount_in_the_background_is_none_of_the_managers_business(place: Path, origin: Origin) -> None:
+    path = place / "models"
+    path.mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(place / "notify"))
+        manager.setblocking(False)
+        told = {"NOTIFY_SOCKET": str(place / "notify"), "FDSTORE": "8"}
+        with mounted(
+            place, sources={"m": origin.url}, env={**alone(place), **told}, transport="kernel"
+        ) as mount:
+            os.kill(mount.status()["holder_pid"], signal.SIGTERM)
+            eventually(lambda: left_behind(place) == [])  # not even the mount
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
