@@ -72,7 +72,8 @@ def test_the_version_is_the_packages(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "mount", "umount", "status", "refresh", "verify", "lock", "ls", "config", "config check"]
+    "command",
+    ["", "mount", "umount", "status", "refresh", "verify", "lock", "ls", "bench", "config", "config check"],
 )
 def test_every_command_explains_itself(command: str, run: Any) -> None:
     for flag in ("-h", "--help"):

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -403,6 +404,43 @@ def ls(
     show.listing(show.console(), snapshot, entries, long=long)
     if not snapshot.complete and not path:
         show.console(stderr=True).print("the store is too large to list: name a PATH")
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  modelfs bench s3://models/finbert
+  modelfs bench hf://ProsusAI/finbert model.safetensors --size 256MiB --json"""
+)
+def bench(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The store.", show_default=False)],
+    path: Annotated[str, typer.Argument(metavar="[PATH]", help="Which file; by default the largest.")] = "",
+    most: Annotated[str, typer.Option("--size", metavar="SIZE", help="Read this much at the most.")] = "1GiB",
+    transport: Annotated[str | None, typer.Option(metavar="auto|kernel|pyfuse3", help="How to.")] = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Measure on the disk of this directory.")
+    ] = None,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure how fast a store is from here: downloaded, through a mount, and from the cache.
+
+    Everything happens in a temporary directory beside the cache, which is removed in the end.
+    """
+    from modelfs.cli import speed  # libcurl and more: only this command pays for them
+
+    flags = {"transport": transport, "cache.dir": cache_dir}
+    sources = [f"{speed.MODEL}={url}"]
+    settings = config.load(mountpoint=Path("/nowhere"), config_file=config_file, flags=flags, sources=sources)
+    settings = replace(
+        settings, models=tuple(model for model in settings.models if model.name == speed.MODEL)
+    )
+    with show.progress("measuring") as progress:
+        found = speed.measure(settings, path, config.parse_size(most), progress)
+    if as_json:
+        _print_json(found)
+        return
+    show.measured(show.console(), found)
 
 
 def _below(snapshot: Snapshot, path: str) -> list[Entry]:

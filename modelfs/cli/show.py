@@ -204,6 +204,24 @@ def verified(out: Console, answer: Mapping[str, Any]) -> None:
             out.print(f"{printable(bad['name'])}: {printable(fault)}")
 
 
+def measured(out: Console, found: Mapping[str, Any]) -> None:
+    """Print how fast a store and its mount are."""
+    out.print(f"{size(found['bytes'])} of {printable(found['path'])} in {printable(found['url'])}")
+    out.print(f"the store answers after {found['answer_seconds'] * 1000:.0f} ms")
+    table = _table("", "speed", "compared", right=("speed", "compared"))
+    rows = (
+        ("download, without a mount", "download", None),
+        ("first read through the mount", "cold", "download"),
+        ("local copy on the cache's disk", "local", None),
+        ("read from the cache", "warm", "local"),
+    )
+    for label, name, other in rows:
+        compared = f"{found[name] / found[other]:.2f} × {other}" if other else ""
+        table.add_row(label, f"{size(found[name])}/s", compared)
+    out.print(table)
+    out.print(_text(f"transport {found['transport']}: {found['why']}", "dim"))
+
+
 def locked(lock: Lock) -> str:
     """Return the one line that says what a new lock holds."""
     files = [pinned for model in lock.models.values() for pinned in model.files.values()]
