@@ -333,7 +333,11 @@ class Generation:
             before = os.fstat(sealing)
             refused = None
             try:
-                verity.enable(sealing)
+                os.fchmod(sealing, 0o600)  # the kernel asks whether we could write
+                try:
+                    verity.enable(sealing)
+                finally:
+                    os.fchmod(sealing, 0o400)
             except OSError as error:
                 refused = error
                 _log.info("%s: not sealed: %s", self.path, error.strerror)

@@ -26,8 +26,9 @@ _ARGUMENT = struct.pack("=IIIIQIIQ88x", 1, _SHA256, _HASH_BLOCK, 0, 0, 0, 0, 0)
 def enable(fd: int) -> None:
     """Let the kernel check the file of `fd` from now on; reads all of it to build the hash tree.
 
-    `fd` must be open for reading only, and nobody may have the file open for writing. Raises OSError:
-    EOPNOTSUPP or ENOTTY if the file system or the kernel has no fs-verity, ETXTBSY if somebody may write.
+    `fd` must be open for reading only, of a file that its mode lets us write and that nobody has open for
+    writing. Raises OSError: EOPNOTSUPP or ENOTTY if the file system or the kernel has no fs-verity, ETXTBSY
+    if somebody could write, EACCES if we could not.
     """
     fcntl.ioctl(fd, _ENABLE, _ARGUMENT)
 

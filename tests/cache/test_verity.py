@@ -1,7 +1,8 @@
 """fs-verity: refused here for real; where it is granted, at its seam: what the kernel asks for is kept.
 
 The stand-in for the kernel grants it as linux/fsverity.h says: to a descriptor that is open for reading
-only, of a file that nobody has open for writing; and from then on it watches that nobody changes the file.
+only, of a file that may be written and that nobody has open for writing; and from then on it watches that
+nobody changes the file.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Kernel:
 
     def enable(self, fd: int) -> None:
         facts = os.fstat(fd)
+        if not facts.st_mode & 0o200:  # as an ordinary user meets it
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         for name in os.listdir("/proc/self/fd"):
             try:
                 other = os.fstat(int(name))
@@ -110,6 +113,7 @@ def test_verified_content_is_sealed_and_read_as_ever(cache: Cache, kernel: Kerne
     assert cache.usage().unsealable is None
     with closing(verified(cache)) as item:
         assert is_sealed(cache, kernel)
+        assert data_file(cache.directory, "k").stat().st_mode & 0o777 == 0o400
         assert whole(item) == DATA
         item.write(0, b"equal keys mean equal bytes")
         assert whole(item) == DATA
