@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -182,6 +183,7 @@ class Daemon:
             __version__,
             os.getpid(),
         )
+        gc.freeze()  # what is there now stays: looking through it for garbage would keep readers waiting
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)

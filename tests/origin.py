@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 import threading
+import time
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
 
 MANIFEST = "modelfs-manifest.json"
+PIECE = 128 * 1024
 
 
 class Origin:
@@ -28,6 +30,8 @@ class Origin:
         self.silent = threading.Event()
         """While set, requests for contents get no answer until `silence_over`."""
         self.silence_over = threading.Event()
+        self.pause = 0.0
+        """Seconds between pieces of `PIECE` bytes of an answer."""
         self.ranges = True
         """Whether ranges are honoured; without, every answer is the whole file."""
         self.faults: dict[str, list[int]] = {}
@@ -133,7 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
                 start = max(start, min(limit, stop))
                 if start < stop:
                     event.wait()
-            self.wfile.write(data[start:stop])
+            piece = PIECE if self.owner.pause else max(1, stop - start)
+            for at in range(start, stop, piece):
+                time.sleep(self.owner.pause)
+                self.wfile.write(data[at : min(at + piece, stop)])
         except ConnectionError:
             self.close_connection = True  # the reader or the daemon went away
 

@@ -21,7 +21,7 @@ BLOCK = 8 * MIB
 TRANSPORT = "kernel"
 
 OPENINGS = int(os.environ.get("MODELFS_TEST_OPENINGS", "1200"))
-"""How often a file is opened to see what that leaves behind."""
+"""How often files are opened to see what that leaves behind; 20,000 take about 20 s."""
 
 
 def noise(size: int, seed: int = 1) -> bytes:
@@ -159,6 +159,65 @@ def test_what_the_kernel_reads_is_not_evicted(place: Path) -> None:
         for other in others:
             mount.run("sha256sum", str(other))
         assert cached(mount, first) == 0
+
+
+# -- from cold to complete -----------------------------------------------------------------------------
+
+HAMMER = """
+import random, select
+model, originals = sys.argv[1:]
+chance, held, rounds = random.Random(os.getpid()), [], 0
+page = mmap.mmap(-1, 1 << 16)
+def pread(fd, start, size):
+    return os.pread(fd, size, start)
+def direct(fd, start, size):
+    return page[:os.preadv(fd, [page], start)][:size]
+def fault(fd, start, size):
+    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
+        return mapped[start:start + size]
+while not select.select([sys.stdin], [], [], 0)[0]:
+    name = chance.choice(os.listdir(originals))
+    way = chance.choice([pread, direct, fault])
+    fd = os.open(os.path.join(model, name), os.O_DIRECT if way is direct else os.O_RDONLY)
+    held.append(fd)
+    with open(os.path.join(originals, name), 'rb') as file:
+        for _ in range(3):
+            start = chance.randrange(os.fstat(fd).st_size) // 4096 * 4096
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            assert way(fd, start, 50_000) == os.pread(file.fileno(), 50_000, start), (name, way, start)
+    while len(held) > chance.randrange(3):
+        os.close(held.pop(chance.randrange(len(held))))
+    rounds += 1
+print(rounds, flush=True)
+"""
+"""Code for a `Reader`: opens, reads and maps files until it is told to stop; some stay open for a while."""
+
+
+def test_files_become_complete_under_their_readers(place: Path) -> None:
+    files = {f"{number}.bin": noise(2 * BLOCK + 77, number) for number in range(4)}
+    originals = place / "originals"
+    originals.mkdir()
+    for name, data in files.items():
+        (originals / name).write_bytes(data)
+    with Origin(files) as origin:
+        origin.pause = 0.02
+        origin.digests["0.bin"] = sha256(files["0.bin"])
+        with mounted(place, sources={"m": origin.url}, transport=TRANSPORT) as mount, ExitStack() as stack:
+            readers = [stack.enter_context(Reader(HAMMER, mount.path / "m", originals)) for _ in range(3)]
+            whole = sum(map(len, files.values()))
+            eventually(lambda: mount.status()["models"][0]["cached_bytes"] == whole, 60)
+            before = mount.metric("modelfs_fuse_requests_total", operation="open")
+            eventually(lambda: mount.metric("modelfs_fuse_requests_total", operation="open") > before + 30)
+            for reader in readers:
+                reader.go_on()
+            assert min(int(reader.said()) for reader in readers) > 0
+            # In the end all of them are read by the kernel.
+            eventually(lambda: mount.metric("modelfs_open_handles") == 0)
+            read = mount.metric("modelfs_fuse_requests_total", operation="read")
+            mount.drop_pages()
+            for name, data in files.items():
+                assert mount.run("sha256sum", str(mount.path / "m" / name)).stdout.split()[0] == sha256(data)
+            assert mount.metric("modelfs_fuse_requests_total", operation="read") == read
 
 
 # -- where the cache lies ------------------------------------------------------------------------------
@@ -342,3 +401,38 @@ def test_requests_are_counted_by_what_they_ask_for(place: Path, origin: Origin, 
         )
         assert count("getxattr") - before["getxattr"] == 1
         assert count("lookup") > before["lookup"]
+
+
+# -- the loop ------------------------------------------------------------------------------------------
+
+
+def long_turns(mount: Mounted) -> float:
+    """Return how often the daemon's loop has computed for more than 20 ms without looking at its events."""
+    found = mount.samples("modelfs_loop_lag_seconds_bucket", clock="cpu")
+    below = {sample.labels["le"]: sample.value for sample in found}
+    return below["+Inf"] - below["0.02"]
+
+
+READ_TWICE = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+for _ in range(2):
+    os.lseek(fd, 0, 0)
+    while os.read(fd, 1 << 20):
+        pass
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+"""
+
+
+def test_nothing_keeps_the_loop_for_20_ms(place: Path, transport: str) -> None:
+    many = {f"many/{number}.json": b"{}" for number in range(10_000)}
+    with (
+        Origin({"w.bin": noise(MIB) * 256, **many}) as origin,
+        mounted(place, sources={"m": origin.url}, transport=transport) as mount,
+    ):
+        before = long_turns(mount)
+        mount.python(READ_TWICE, str(mount.path / "m/w.bin"))
+        assert long_turns(mount) == before, "a large file, cold and warm"
+        found = mount.run("ls", "-l", str(mount.path / "m/many")).stdout
+        assert len(found.splitlines()) == 10_001
+        assert long_turns(mount) == before, "a listing"
