@@ -33,28 +33,34 @@ MOUNT_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Mounted:
-    """A mount of one prefix: its directory, the process that serves it, and what the mounting took."""
+    """A mount of one prefix: its directory, the processes that serve it, and what the mounting took."""
 
     path: Path
-    pid: int
+    pids: tuple[int, ...]
     seconds: float
 
     def cpu(self) -> float:
-        """Return the CPU seconds, user and system, that the server and its descendants have used."""
-        server = psutil.Process(self.pid)
-        times = server.cpu_times()
-        used: float = times.user + times.system + times.children_user + times.children_system
-        for child in server.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                own = child.cpu_times()
-                used += own.user + own.system
+        """Return the CPU seconds, user and system, that the servers and their descendants have used."""
+        used = 0.0
+        for pid in self.pids:
+            server = psutil.Process(pid)
+            times = server.cpu_times()
+            used += times.user + times.system + times.children_user + times.children_system
+            for child in server.children(recursive=True):
+                if child.pid not in self.pids:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        own = child.cpu_times()
+                        used += own.user + own.system
         return used
 
     def peak_rss(self) -> int:
-        """Return the most bytes that the server ever had resident."""
-        match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
-        assert match
-        return int(match[1]) * 1024
+        """Return the most bytes that the servers ever had resident."""
+        peak = 0
+        for pid in self.pids:
+            match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+            assert match
+            peak += int(match[1]) * 1024
+        return peak
 
 
 @contextlib.contextmanager
@@ -119,7 +125,8 @@ def _modelfs(place: Place, transport: str) -> Iterator[Mounted]:
         )  # fmt: skip
         seconds = time.perf_counter() - started
         status = json.loads(_run([*command, "status", str(place.mountpoint), "--json"], environment))
-        yield Mounted(place.mountpoint / "model", status["pid"], seconds)
+        pids = tuple(pid for pid in (status["pid"], status["holder_pid"]) if pid)
+        yield Mounted(place.mountpoint / "model", pids, seconds)
     finally:
         if os.path.ismount(place.mountpoint):
             _run([*command, "umount", "--lazy", str(place.mountpoint)], environment)
@@ -199,7 +206,7 @@ def _server(place: Place, command: list[str], environment: dict[str, str]) -> It
                         f"{command[0]} does not mount: {(place.run / 'log').read_text()[-500:]}"
                     )
                 time.sleep(0.01)
-            yield Mounted(place.mountpoint, process.pid, time.perf_counter() - started)
+            yield Mounted(place.mountpoint, (process.pid,), time.perf_counter() - started)
         finally:
             if os.path.ismount(place.mountpoint):
                 subprocess.run(["umount", "--lazy", place.mountpoint], check=False)

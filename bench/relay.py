@@ -2,8 +2,9 @@
 
 nginx can do neither exactly: it has no delay, and its ``limit_rate`` counts in whole seconds, so that the
 first second's worth of every answer passes at full speed, which is all of a range of 8 MiB. Here the bytes
-move from socket to socket by ``splice(2)`` without being copied; each connection has two threads, one for
-each direction. ``python -m bench.relay PORT DELAY_SECONDS BYTES_PER_SECOND`` prints the port it listens on.
+move from socket to socket by ``splice(2)`` without being copied, and the kernel paces them; each connection
+has two threads, one for each direction. ``python -m bench.relay PORT DELAY_SECONDS BYTES_PER_SECOND`` prints
+the port it listens on.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import time
 PIPE = 1 << 20
 """Bytes a pipe may hold, so the most that is moved at once."""
 
-SLACK = 0.02
-"""Seconds of sending that a connection may catch up after it was woken late."""
+SO_MAX_PACING_RATE = 47
+"""socket(7) has no text on it: bytes per second at which TCP sends at the most, from asm-generic/socket.h."""
 
 
 def serve(listener: socket.socket, upstream: int, delay: float, rate: float) -> None:
@@ -38,8 +39,10 @@ def serve(listener: socket.socket, upstream: int, delay: float, rate: float) -> 
         server = socket.create_connection(("127.0.0.1", upstream))
         for sock in (client, server):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if rate:
+            client.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, int(rate))
         threading.Thread(target=_requests, args=(client, server, delay), daemon=True).start()
-        threading.Thread(target=_answers, args=(server, client, rate), daemon=True).start()
+        threading.Thread(target=_answers, args=(server, client), daemon=True).start()
 
 
 def _requests(client: socket.socket, server: socket.socket, delay: float) -> None:
@@ -51,18 +54,13 @@ def _requests(client: socket.socket, server: socket.socket, delay: float) -> Non
     _end(server)
 
 
-def _answers(server: socket.socket, client: socket.socket, rate: float) -> None:
-    """Hand over what the server says, at most at `rate`."""
+def _answers(server: socket.socket, client: socket.socket) -> None:
+    """Hand over what the server says, as fast as the kernel sends it on."""
     out, into = os.pipe()
     try:
         fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE)
-        due = 0.0
         with contextlib.suppress(ConnectionError), server:
             while held := os.splice(server.fileno(), into, PIPE):
-                if rate:
-                    now = time.monotonic()
-                    due = max(due, now - SLACK) + held / rate
-                    time.sleep(max(0.0, due - now))
                 while held:
                     held -= os.splice(out, client.fileno(), held)
     finally:
