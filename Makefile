@@ -28,8 +28,8 @@ help:  ## this list
 demo: .venv/.ready  ## real models from S3 and a Hub, mounted on ./models and loaded; KEEP=1 leaves them mounted
 	@KEEP=$(KEEP) $(BIN)/python -m demo
 
-test: .venv/.ready  ## all tests; the mount tests need root and /dev/fuse
-	@$(BIN)/python -m pytest $(ARGS)
+test: .venv/.ready  ## all tests, two files at a time; the mount tests need root and /dev/fuse
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: .venv/.ready  ## ruff, mypy --strict, and the test of the layers
 	@$(BIN)/ruff check .
