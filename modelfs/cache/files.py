@@ -5,6 +5,7 @@ The concurrency argument is in the docstring of :mod:`modelfs.cache`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -126,4 +127,12 @@ def _open(path: Path, *, writable: bool = True) -> tuple[int, bool]:
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
-    return os.open(path, os.O_RDONLY | flags), False  # a disk gone read-only still serves what it has
+    fd = os.open(path, os.O_RDONLY | flags)
+    if writable:
+        # It was complete, and is protected against accidents: a daemon without capabilities cannot write.
+        with contextlib.suppress(OSError):  # a disk gone read-only still serves what it has
+            os.fchmod(fd, 0o600)
+            again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+            os.close(fd)
+            return again, True
+    return fd, False
