@@ -85,7 +85,7 @@ def test_what_is_not_allowed_is_not_there_and_nobody_is_asked(
     path: str, mount: Mounted, hub: HubServer, s3: S3Server
 ) -> None:
     before = len(hub.requests), len(s3.requests)
-    with pytest.raises(OSError) as refused:
+    with pytest.raises(OSError) as refused:  # noqa: PT011  # its number is looked at below
         os.stat(os.fsencode(mount.path) + b"/" + path.encode("utf-8", "surrogateescape"))
     too_long = max(len(part) for part in path.split("/")) > 255
     assert refused.value.errno == (errno.ENAMETOOLONG if too_long else errno.ENOENT)
