@@ -14,8 +14,8 @@ from modelfs.fetch.planner import Priority, Step, Stream, plan
 from modelfs.fetch.source import Source
 from modelfs.types import Digest, Entry, Span, block_count, block_span
 
-PER_OBJECT = 8
-"""Most blocks of one object that are fetched ahead at once: one model's load leaves room for another's."""
+PER_OBJECT = 12
+"""Most blocks of one object that are fetched ahead at once: of 16 connections the rest is for who waits."""
 
 GRAIN = 128 * 1024
 """A block wanted from its middle is fetched from there first, rounded down to this many bytes."""
@@ -55,12 +55,12 @@ class Flight:
         "blocks",
         "buffer",
         "error",
-        "finished",
         "needs",
         "priority",
         "ranges",
         "renewed",
         "scope",
+        "stopped",
         "whole",
     )
 
@@ -71,7 +71,7 @@ class Flight:
         self.needs: tuple[int, ...] = ()
         self.buffer: bytearray | None = None
         self.whole = False
-        self.finished = False
+        self.stopped = False
         self.error: ModelfsError | None = None
         self.scope = trio.CancelScope()
         self.attempt = trio.CancelScope()

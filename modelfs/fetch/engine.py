@@ -285,9 +285,10 @@ class Fetcher:
     def goes_on(self, download: Download, flight: Flight) -> bool:
         """Return whether `flight` should bring the rest of its block too, now that a part of it is there.
 
-        Not if nobody waits for it and it holds one of the last connections: they are for who waits.
+        Not if nobody waits for it and it holds one of the last connections: they are for who waits. Who was
+        waiting for what has arrived may not have noticed yet, so it is asked for the bytes.
         """
-        waited = any(block in download.demand for block in flight.blocks)
+        waited = any(not download.object.covers(Span(need - 1, need)) for need in flight.needs)
         return waited or self._active <= self._connections - RESERVED[Priority.READAHEAD]
 
     def _start(self, download: Download, step: Step) -> None:
@@ -321,16 +322,23 @@ class Fetcher:
             self._closing = True  # not by the flight's own scope: all flights end, none may begin
             raise
         finally:
-            flight.finished = True
             self._active -= 1
             for flights in (download.flights, download.express):
                 for block in flight.blocks:
                     if flights.get(block) is flight:
                         del flights[block]
             download.wake()
-            self.pump()
+            if flight.stopped:
+                self._nursery.start_soon(self._pump_later)
+            else:
+                self.pump()
             self._look_ahead(download)
             self._retire(download)
+
+    async def _pump_later(self) -> None:
+        """Let those who were woken say first that they have what they waited for."""
+        await trio.lowlevel.checkpoint()
+        self.pump()
 
     async def _watch(self) -> None:
         """Renew the connection of flights that stand still while somebody waits for them."""
@@ -362,7 +370,8 @@ class Fetcher:
         """Bring the flight's bytes in and make them part of the cache, or of the memory without one."""
         if trio.current_time() >= self._disk_paused_until:
             try:
-                if not await self._transfer.run(download, flight):
+                flight.stopped = not await self._transfer.run(download, flight)
+                if flight.stopped:
                     return
                 for block in flight.blocks:
                     if download.flights.get(block) is flight and not download.object.has(block):

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import select
+import socket
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
@@ -31,6 +32,12 @@ HEAD = 64 * 1024
 
 RECEIVE = 16 * 1024
 """Bytes that are received at once where they are looked at: heads, and bodies of unknown length."""
+
+BULK = 512 * 1024
+"""Bytes that are waited for before a body is moved on: each wake-up is a fight for the GIL."""
+
+PATIENCE = 0.01
+"""Seconds after which what is there is moved on, be it less: a slow network delays nobody by more."""
 
 _PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")
 """The variables by which curl chooses a proxy for plain HTTP; without upper case, which CGI made unsafe."""
@@ -112,14 +119,18 @@ class _Line:
         self._fd = connection.fd
         self._stall = stall
         self._pipe = Pipe()
+        self._socket = socket.socket(fileno=self._fd)
+        self._waking = 1
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
 
     def is_quiet(self) -> bool:
         """Return whether nothing has come since the last answer, which would be its end or nonsense."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        return not poll.poll(0)
+        self._wake_at(1)
+        return not self._poll.poll(0)
 
     def close(self) -> None:
+        self._socket.detach()
         self._pipe.close()
         self._connection.close()
 
@@ -135,6 +146,7 @@ class _Line:
 
         """
         self.reusable = False
+        self._wake_at(1)
         exchange.connected(self._connection.address)
         http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD)
         head = self._ask(http, exchange, fields)
@@ -216,7 +228,7 @@ class _Line:
                 exchange.deliver(self._pipe)
                 left -= count
             elif not ended:
-                self._wait(exchange)
+                self._await_bulk(min(left, BULK), exchange)
             if isinstance(ended, ConnectionError):
                 raise ended
             if ended:
@@ -235,6 +247,19 @@ class _Line:
                 return os.read(self._fd, RECEIVE)
             except BlockingIOError:
                 self._wait(exchange)
+
+    def _await_bulk(self, count: int, exchange: Exchange) -> None:
+        """Return when `count` bytes are there, or any after `PATIENCE`, or the end."""
+        self._wake_at(count)
+        if not self._poll.poll(PATIENCE * 1000):
+            self._wake_at(1)
+            self._wait(exchange)
+
+    def _wake_at(self, count: int) -> None:
+        """Let polls return when so many bytes are there; ``SO_RCVLOWAT`` of socket(7)."""
+        if self._waking != count:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            self._waking = count
 
     def _wait(self, exchange: Exchange, event: int = select.POLLIN) -> None:
         poll = select.poll()

@@ -13,7 +13,7 @@ from modelfs.fetch.client import RangeClient
 from modelfs.fetch.download import Download, Flight, Range
 from modelfs.fetch.source import delays
 from modelfs.metrics import Metrics
-from modelfs.types import Span, block_span
+from modelfs.types import Span
 
 log = logging.getLogger(__name__)
 
@@ -54,22 +54,24 @@ class _Sink:
             flight.buffer[start : start + count] = view
         else:
             self._download.object.write(offset, data)
-            if flight.whole:
-                self._commit_passed(offset, offset + count)
         before = part.span.start + part.done
         part.done += count
         after = part.span.start + part.done
         if any(before < need <= after for need in flight.needs):
             self._token.run_sync_soon(self._download.wake, idempotent=True)
-        if flight.buffer is not None and not part.rest:
+        if flight.buffer is None:
+            self._commit(Span(offset, offset + count))
+        elif not part.rest:
             raise _Abort
 
-    def _commit_passed(self, start: int, stop: int) -> None:
-        size = self._download.entry.size
-        for block in Span(start, stop).blocks():
-            if block_span(block, size).stop <= stop and not self._download.object.has(block):
-                self._download.object.commit(block)
-                self._token.run_sync_soon(self._transfer.committed, self._download)
+    def _commit(self, written: Span) -> None:
+        """Commit the blocks that are all written now: here, where their bytes are in this core's cache."""
+        cached = self._download.object
+        for block in written.blocks():
+            if not cached.has(block) and not cached.gaps(block):
+                cached.commit(block)
+                if self._flight.whole:
+                    self._token.run_sync_soon(self._transfer.committed, self._download)
 
 
 class Transfer:
