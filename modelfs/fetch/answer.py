@@ -23,6 +23,9 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CONTENT_RANGE = re.compile(
     r"bytes[ \t]+([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII | re.IGNORECASE
 )
+_LARGEST = 2**63 - 1
+"""Bytes of the largest file: an off_t."""
+
 _PORTS = {"http": 80, "https": 443}
 _URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~-._"
 
@@ -30,14 +33,15 @@ _URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~-._"
 def parse_content_range(value: str) -> tuple[Span, int | None] | None:
     """Return the span and the total size (None for ``*``) of a ``Content-Range``, or None if it is malformed.
 
-    RFC 9110 section 14.4: a range that ends before it starts or after the total is invalid.
+    RFC 9110 section 14.4: a range that ends before it starts or after the total is invalid. So is for us one
+    behind what a file can hold.
     """
     match = _CONTENT_RANGE.fullmatch(value.strip())
     if match is None:
         return None
     first, last = int(match[1]), int(match[2])
     total = None if match[3] == "*" else int(match[3])
-    if last < first or (total is not None and last >= total):
+    if not first <= last < _LARGEST or (total is not None and last >= total):
         return None
     return Span(first, last + 1), total
 
