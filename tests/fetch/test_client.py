@@ -443,6 +443,7 @@ def test_the_body_of_an_error_is_not_read_to_its_end() -> None:
         (formatdate(time.time() + 3600, usegmt=True), 3500, 3600),
         (formatdate(time.time() - 3600, usegmt=True), 0, 0),
     ],
+    ids=["seconds", "in an hour", "an hour ago"],
 )
 def test_retry_after_is_understood_in_both_forms(value: str, low: float, high: float) -> None:
     with Server(answer(429, retry_after=value)) as server:
