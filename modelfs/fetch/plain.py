@@ -44,8 +44,9 @@ _PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")
 
 
 def is_plain(url: str) -> bool:
-    """Return whether `url` is spoken to without TLS and without a proxy."""
-    return url[:5].lower() == "http:" and not any(os.environ.get(name) for name in _PROXIES)
+    """Return whether `url` is spoken to without TLS, without a proxy, and without a password of its own."""
+    proxied = any(os.environ.get(name) for name in _PROXIES)
+    return url[:5].lower() == "http:" and not proxied and "@" not in urlsplit(url).netloc
 
 
 class Plain:
@@ -174,9 +175,9 @@ class _Line:
     def _ask(self, http: h11.Connection, exchange: Exchange, fields: Mapping[str, str]) -> h11.Response:
         """Send the request and return the head of the final answer, which may follow interim ones."""
         parts = urlsplit(exchange.url)
-        target = exchange.url[exchange.url.index(parts.netloc) + len(parts.netloc) :].partition("#")[0]
+        target = exchange.url.partition("://")[2][len(parts.netloc) :].partition("#")[0]
         named = {name.lower() for name in fields}
-        host = {} if "host" in named else {"Host": parts.netloc.rpartition("@")[2]}
+        host = {} if "host" in named else {"Host": parts.netloc}
         request = h11.Request(
             method="GET",
             target=target if target.startswith("/") else f"/{target}",

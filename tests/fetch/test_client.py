@@ -194,6 +194,15 @@ def test_requests_carry_the_location_s_headers_the_pin_and_no_compression() -> N
     assert request.headers["user-agent"] == "tester/1"
 
 
+def test_a_password_in_the_url_is_sent_as_one() -> None:
+    with Server(GOOD) as server:
+        fetch(Location(server.url.replace("http://", "http://user:word@") + "/p?x=1#f"))
+    (request,) = server.requests
+    assert request.target == "/p?x=1"
+    assert request.headers["authorization"] == f"Basic {base64.b64encode(b'user:word').decode()}"
+    assert request.headers["host"] == server.url.removeprefix("http://")
+
+
 def test_a_weak_etag_is_compared_but_never_asked_for() -> None:
     with Server(part(CONTENT, SPAN.start, SPAN.stop, etag='"v1"')) as server:
         assert fetch(Location(server.url, etag='W/"v1"')).data == CONTENT[SPAN.start : SPAN.stop]
