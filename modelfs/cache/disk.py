@@ -91,14 +91,19 @@ class Pipe:
     thread at a time.
     """
 
-    CAPACITY = 1024 * 1024
-    """Bytes it holds if the system allows; an unprivileged user has 64 MiB of them by default, pipe(7)."""
+    def __init__(self, capacity: int = 1024 * 1024) -> None:
+        """Make an empty one.
 
-    def __init__(self) -> None:
+        Args:
+            capacity: bytes it shall hold; `room` is what the system allows. Beyond 1 MiB that needs root, and
+                an unprivileged user has 64 MiB in all pipes by default, pipe(7).
+
+        """
         self._out, self._in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._count = 0
-        with suppress(OSError):  # then it has the 64 KiB that it was made with
-            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, self.CAPACITY)
+        with suppress(OSError):  # then it has the size that it was made with
+            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, capacity)
+        self.room: int = fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ)
 
     def __len__(self) -> int:
         return self._count
@@ -108,17 +113,33 @@ class Pipe:
         os.close(self._out)
         os.close(self._in)
 
-    def fill(self, fd: int, most: int) -> int:
-        """Take up to `most` bytes from `fd`; return how many, 0 at its end.
+    def put(self, data: bytes) -> None:
+        """Take `data`, for which there must be room."""
+        self._count += os.write(self._in, data)
+
+    def fill(self, fd: int, most: int, offset: int | None = None) -> int:
+        """Take up to `most` bytes from `fd`, of a file from `offset` on; return how many, 0 at its end.
 
         Raises:
             BlockingIOError: `fd`, which does not block, has none now, or the pipe is full.
             OSError: whatever is wrong with `fd`.
 
         """
-        count = os.splice(fd, self._in, most, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
+        flags = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
+        count = os.splice(fd, self._in, most, offset_src=offset, flags=flags)
         self._count += count
         return count
+
+    def send(self, fd: int) -> None:
+        """Hand everything over to `fd` at once, as a device wants its messages."""
+        self._count -= os.splice(self._out, fd, self._count)
+
+    def empty(self) -> None:
+        """Throw away what is in it; needs no new descriptors, of which there may be none."""
+        with suppress(BlockingIOError):
+            while os.read(self._out, self.room):
+                pass
+        self._count = 0
 
     def move(self, fd: int, offset: int, count: int) -> None:
         """Write the next `count` bytes into the file `fd` at `offset`."""

@@ -17,7 +17,7 @@ import struct
 import tempfile
 from pathlib import Path
 
-from modelfs.cache import Place
+from modelfs.cache import Pipe, Place
 from modelfs.errors import MountError
 from modelfs.fuse import mountpoint as mountpoints
 from modelfs.fuse import wire
@@ -66,40 +66,6 @@ _REFUSALS = {
 }
 
 
-class _Pipe:
-    """Where a reply is put together before the device takes it at once."""
-
-    def __init__(self) -> None:
-        self.output, self._input = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        with contextlib.suppress(PermissionError):  # it stays smaller for users with many pipes
-            fcntl.fcntl(self._input, fcntl.F_SETPIPE_SZ, MAX_READ + 4096)
-        self.room = fcntl.fcntl(self._input, fcntl.F_GETPIPE_SZ)
-
-    def fill(self, header: bytes, file: int, span: Span) -> bool:
-        """Put `header` and `span` of `file` in; return whether all of it went in."""
-        os.write(self._input, header)
-        start = span.start
-        while start < span.stop:
-            try:
-                moved = os.splice(file, self._input, span.stop - start, offset_src=start)
-            except BlockingIOError:
-                return False
-            if not moved:
-                return False
-            start += moved
-        return True
-
-    def empty(self) -> None:
-        """Throw away what is in it; needs no new descriptors, of which there may be none."""
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self.output, self.room):
-                pass
-
-    def close(self) -> None:
-        os.close(self.output)
-        os.close(self._input)
-
-
 class Device:
     """One conversation with the kernel.
 
@@ -114,7 +80,7 @@ class Device:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._buffer = memoryview(bytearray(wire.READ_BUFFER))
-        self._pipe = _Pipe()
+        self._pipe = Pipe(MAX_READ + 4096)
         self.connected = True
 
     def fileno(self) -> int:
@@ -233,17 +199,25 @@ class Device:
         length = len(place)
         if length + 4096 > self._pipe.room:
             return False
-        whole = self._pipe.fill(wire.header(unique, length), place.fileno(), place.span)
-        if not whole or not place.holds():
+        self._pipe.put(wire.header(unique, length))
+        if not self._fill(place.fileno(), place.span) or not place.holds():
             self._pipe.empty()
             return False
         try:
-            os.splice(self._pipe.output, self._fd, wire.HEADER_OUT + length)
+            self._pipe.send(self._fd)
         except OSError as failure:
             self._pipe.empty()
             if failure.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
         return True
+
+    def _fill(self, file: int, span: Span) -> bool:
+        """Put `span` of `file` into the pipe; return whether all of it went in."""
+        start = span.start
+        with contextlib.suppress(BlockingIOError):
+            while start < span.stop and (moved := self._pipe.fill(file, span.stop - start, start)):
+                start += moved
+        return start == span.stop
 
     def open_backing(self, fd: int) -> int:
         """Register the file `fd` as one that the kernel may read by itself; return its id."""
