@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from modelfs.testing.hub import TOKEN, HubServer
 from modelfs.testing.s3 import S3Server
-from tests.mount.harness import alone, left_behind, modelfs, mounted
+from tests.mount.harness import alone, left_behind, modelfs, mounted, raw_server
 
 CONFIG, MOUNT, CACHE, STORE = 3, 4, 5, 6
 """Exit codes of docs/cli.md."""
@@ -117,7 +114,8 @@ def test_the_conditions_of_a_gated_repository_are_still_to_be_accepted(place: Pa
 
 def test_a_page_that_lists_nothing_is_refused(place: Path) -> None:
     (place / "models").mkdir()
-    with garbage(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<p>hi!") as url:
+    page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<p>hi!"
+    with raw_server(lambda _: page) as url:
         line = refusal(place, f"--source=m={url}", code=STORE)
     assert re.match(rf"model m: {url}: lists no files: check the URL", line), line
 
@@ -138,35 +136,13 @@ JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 )
 def test_garbage_is_one_line(scheme: str, answer: bytes, place: Path) -> None:
     # A mount would ask again for a minute: such answers can pass.
-    with garbage(answer) as url:
+    with raw_server(lambda _: answer) as url:
         store = {"http": url, "hf": "hf://org/name", "s3": "s3://bucket/prefix/"}[scheme]
         env = {"HF_ENDPOINT": url.rstrip("/"), "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "a"}
         result = modelfs("ls", store, env={**env, "AWS_SECRET_ACCESS_KEY": "b"}, check=False)
     assert result.returncode == STORE, result.stderr
     assert re.fullmatch(rf"modelfs: [^\n]*{store.rstrip('/')}[^\n]*: [^\n]+\n", result.stderr), result.stderr
     assert result.stdout == ""
-
-
-@contextmanager
-def garbage(answer: bytes) -> Iterator[str]:
-    """Answer every connection with the same bytes and close it."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = server.accept()
-                except OSError:  # shut down
-                    return
-                with connection:
-                    if connection.recv(65536):
-                        connection.sendall(answer)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
 
 
 # -- the cache directory

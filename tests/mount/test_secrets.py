@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import base64
 import os
-import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,7 +13,7 @@ import pytest
 
 from modelfs.testing.hub import TOKEN, HubServer
 from modelfs.testing.s3 import SECRET, S3Server
-from tests.mount.harness import Mounted, alone, mounted, open_directory
+from tests.mount.harness import Mounted, alone, mounted, open_directory, raw_server
 from tests.stores.site import Reply, Request, file_reply, scripted
 
 DATA = b"weights " * 2048
@@ -189,31 +186,8 @@ def echoing(request: Request) -> Reply:
     return Reply(403, {"X-Said": said, "WWW-Authenticate": said}, said.encode())
 
 
-@contextmanager
-def echo() -> Iterator[str]:
-    """Serve what is no HTTP: each connection gets back what it sends."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = server.accept()
-                except OSError:  # shut down
-                    return
-                with connection:
-                    connection.sendall(connection.recv(65536))
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.getsockname()[1]}/"
-        finally:
-            server.shutdown(socket.SHUT_RDWR)
-            thread.join()
-
-
 def test_failing_stores_show_no_secret(place: Path, hub: HubServer, s3: S3Server) -> None:
-    with scripted(echoing) as (url, _), echo() as noise:
+    with scripted(echoing) as (url, _), raw_server(lambda received: received) as noise:
         token = place / "token"
         token.write_text(canary("wrong-token"))
         config = f"""
