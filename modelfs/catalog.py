@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +22,7 @@ from modelfs.fetch.scrub import Subject, subjects_in
 from modelfs.fetch.source import Source, retrying
 from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
+from modelfs.namespaces import NAMESPACES, Names, Organisations, path_in, permits
 from modelfs.screen import Screen
 from modelfs.snapshots import Snapshots
 from modelfs.stores import Options, open_store
@@ -106,21 +105,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class _Organisations:
-    """Resolver of a namespace whose models have names of two parts, such as ``hf/ORG/NAME``."""
-
-    namespace: str
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Resolver of a directory whose next name completes a model's URL."""
-
-    path: str
-    url: str
-
-
-@dataclass(frozen=True)
 class _Entries:
     """Resolver of a directory of a store too large to list."""
 
@@ -128,37 +112,8 @@ class _Entries:
     prefix: str
 
 
-NAMESPACES: Mapping[str, Callable[[str], _Organisations | _Names]] = {
-    "hf": lambda name: _Organisations(name),
-    "s3": lambda name: _Names(name, "s3://"),
-}
-"""On-demand namespaces: each resolves a name when it is first looked up."""
-
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_REVISED = re.compile(rf"{_PLAIN.pattern}(@{_PLAIN.pattern})?")
-
 MAX_ABSENT = 10_000
 """Names remembered as absent: whoever makes names up shall not fill the memory."""
-
-
-def permits(patterns: Iterable[str], path: str) -> bool:
-    """Return whether `path`, of a model or of a directory above models, fits one of `patterns`.
-
-    A pattern is a path whose components may hold ``*`` and ``?``: ``hf``, ``hf/org``, ``hf/org/bert-*``. It
-    covers what is below it. The revision of a model, after ``@``, does not matter.
-    """
-    parts = path.partition("@")[0].split("/")
-    return any(all(map(fnmatchcase, parts, pattern.split("/"))) for pattern in patterns)
-
-
-def _path_in(resolver: object, name: str) -> str | None:
-    """Return the path of `name` in an on-demand namespace; None if nothing there can be called so."""
-    match resolver:
-        case _Organisations(namespace) if _PLAIN.fullmatch(name):
-            return f"{namespace}/{name}"
-        case _Names(path, url) if (_REVISED if url.startswith("hf:") else _PLAIN).fullmatch(name):
-            return f"{path}/{name}"
-    return None
 
 
 class Catalog:
@@ -500,7 +455,7 @@ class Catalog:
         if not isinstance(parent, Folder):
             return None
         if not isinstance(parent.resolver, _Entries):
-            path = _path_in(parent.resolver, name)
+            path = path_in(parent.resolver, name)
             if path is None or not permits(self._namespaces, path):
                 return None
         key = (parent.ino, name)
@@ -526,12 +481,12 @@ class Catalog:
 
     async def _find(self, parent: Folder, name: str) -> Node | None:
         match parent.resolver:
-            case _Organisations(namespace):
+            case Organisations(namespace):
                 path = f"{namespace}/{name}"
-                resolver = _Names(path, f"{namespace}://{name}/")
+                resolver = Names(path, f"{namespace}://{name}/")
                 node = Folder(inode(path, "", "path"), parent.mtime, resolver=resolver)
                 return self.tree.adopt(parent, name, node)
-            case _Names(path, url):
+            case Names(path, url):
                 return await self._find_model(parent, name, f"{path}/{name}", f"{url}{name}")
             case _Entries(model, _):
                 return await self._find_entry(parent, name, model)

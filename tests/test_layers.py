@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"fuse"},
     {"catalog"},
     {"snapshots"},
-    {"tree", "lockfile"},
+    {"tree", "lockfile", "namespaces"},
     {"screen"},
     {"views"},
     {"fetch"},

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from modelfs.catalog import permits
+from modelfs.namespaces import permits
 from modelfs.testing.hub import HubServer
 from modelfs.testing.s3 import S3Server
 from tests.mount.harness import Mounted, alone, mounted, open_directory
