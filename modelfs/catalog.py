@@ -14,7 +14,8 @@ import trio
 
 from modelfs import __version__
 from modelfs.cache import Cache
-from modelfs.errors import BadAnswer, ConfigError, NotFound, NotLocked, StoreError
+from modelfs.errors import BadAnswer, ConfigError, NotFound, StoreError
+from modelfs.faces import Faces
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.planner import following
 from modelfs.fetch.reader import Reader
@@ -44,6 +45,8 @@ from modelfs.tree import (
     numbers,
 )
 from modelfs.types import Entry, PicklePolicy, Snapshot, entry_fault
+from modelfs.views import Face
+from modelfs.views.filters import shows
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,7 @@ class Model:
         offline: whether `snapshot` came from disk and the store has not confirmed it since.
         on_demand: whether it was found in an on-demand namespace.
         pickles: what becomes of suspicious ones.
+        face: what of it is shown, and how.
 
     """
 
@@ -101,6 +105,7 @@ class Model:
     offline: bool = False
     on_demand: bool = False
     pickles: PicklePolicy = "allow"
+    face: Face = field(default_factory=Face)
     lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -150,7 +155,7 @@ class Catalog:
         self._metrics = metrics
         self._options_for = options_for
         self._changed = changed
-        self._lock = lock
+        self._faces = Faces(cache, fetcher, lock)
         self._pickles = pickles
         self._namespaces: list[str] = []
         self._screen = Screen(cache, fetcher)
@@ -169,6 +174,7 @@ class Catalog:
         optional: bool = False,
         pinned: bool = False,
         pickles: PicklePolicy | None = None,
+        face: Face | None = None,
     ) -> Model:
         """Add a model that is still to be resolved; what is cached of a `pinned` one is not evicted.
 
@@ -178,6 +184,7 @@ class Catalog:
         """
         model = Model(name, Source(open_store(url, options), self._metrics), optional, pinned)
         model.pickles = pickles or self._pickles
+        model.face = face or Face()
         self.models[name] = model
         return model
 
@@ -296,15 +303,15 @@ class Catalog:
         """Ask the store for a snapshot, and show it if it is new; retry failures for `seconds`."""
         async with self._slots, model.lock:
             store = model.source.store
-            snapshot = await retrying(store.snapshot, trio.current_time() + seconds)
+            listed = await retrying(store.snapshot, trio.current_time() + seconds)
             self._metrics.resolutions.labels(model.source.scheme).inc()
-            snapshot = await trio.to_thread.run_sync(self._held, model.name, snapshot)
+            snapshot = await self._faces.shown(model.name, model.source, model.face, listed)
             known = model.snapshot
             model.why, model.state, model.offline = None, "ready", False
             model.resolved_at = time.time()
             if known is None or known.revision != snapshot.revision or known.entries != snapshot.entries:
                 model.snapshot = snapshot
-                await self._save(model)  # first: a successor must know what the kernel has seen
+                await self._save(model, listed)  # first: a successor must know what the kernel has seen
                 log.info(
                     "%s: %s at %s, %d entries",
                     model.name,
@@ -390,20 +397,17 @@ class Catalog:
             return None
         snapshot, resolved_at = saved
         try:
-            return await trio.to_thread.run_sync(self._held, model.name, snapshot), resolved_at
-        except NotLocked as error:
+            shown = await self._faces.shown(model.name, model.source, model.face, snapshot, offline=True)
+            return shown, resolved_at
+        except StoreError as error:
             log.warning("%s: the snapshot on disk cannot be used: %s", model.name, error)
             return None
 
-    def _held(self, name: str, snapshot: Snapshot) -> Snapshot:
-        """Return `snapshot`, held to the lock if there is one: NotLocked if it is not what the lock says."""
-        return (snapshot if self._lock is None else self._lock.hold(name, snapshot)).packed()
-
-    async def _save(self, model: Model) -> None:
-        if model.snapshot is not None:
-            await trio.to_thread.run_sync(
-                self._snapshots.save, model.source.identity, model.snapshot, model.resolved_at or 0.0
-            )
+    async def _save(self, model: Model, listed: Snapshot) -> None:
+        """Keep what the store listed, not what is shown of it: models that differ in that may share it."""
+        await trio.to_thread.run_sync(
+            self._snapshots.save, model.source.identity, listed, model.resolved_at or 0.0
+        )
 
     async def recall(self, inos: set[int]) -> None:
         """Let the tree know nodes again that left it before this process began, as far as they are on disk.
@@ -523,6 +527,8 @@ class Catalog:
         if fault := entry_fault(entry):
             raise BadAnswer(f"{model.source.url}: {entry.path!r} is not shown: {fault}")
         node: Node
+        if entry.kind != "directory" and not shows(model.face)(entry.path):
+            raise NotFound(f"{model.source.url}: {entry.path!r} is hidden by the filters of {model.name}")
         if entry.kind == "directory":
             resolver = _Entries(model, f"{prefix}{name}/")
             node = Folder(inode(model.name, entry.path, "directory"), entry.mtime, resolver=resolver)
@@ -599,6 +605,7 @@ class Catalog:
             "size": snapshot.size if snapshot else 0,
             "cached_bytes": 0,
             "rejected": len(snapshot.rejected) if snapshot else 0,
+            "hidden": snapshot.hidden if snapshot else 0,
             "pickles": model.pickles,
             "suspicious": {},
             **sums,

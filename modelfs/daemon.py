@@ -163,6 +163,7 @@ class Daemon:
                 optional=model.optional,
                 pinned=model.pin,
                 pickles=model.pickles,
+                face=model.face,
             )
         for namespace in settings.namespaces:
             self._catalog.add_namespace(namespace)

@@ -76,6 +76,7 @@ class Snapshot:
         entries: by path, sorted, unique, safe.
         rejected: ``(path, reason)`` of what the store listed and the tree must not show.
         complete: False if the store is too large to list: entries then come from ``Store.entry``.
+        hidden: how many files the configuration leaves out.
 
     """
 
@@ -84,6 +85,7 @@ class Snapshot:
     entries: Mapping[str, Entry]
     rejected: tuple[tuple[str, str], ...] = ()
     complete: bool = True
+    hidden: int = 0
 
     @classmethod
     def of(cls, url: str, revision: str, entries: Iterable[Entry], *, complete: bool = True) -> Snapshot:

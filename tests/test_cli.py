@@ -441,6 +441,7 @@ MODEL    STATE        REVISION      FILES       SIZE         CACHED  SOURCE
 finbert  ready        4556d1301521      9  953.7 MiB  238.4 MiB 25%  hf://ProsusAI/finbert@main
 gone     unavailable  -                 -          -              -  s3://nobody/gone
 finbert: pytorch_model.bin is a suspicious pickle: it imports posix.system
+finbert: 12 files of the store hidden by its filters
 finbert: 2 paths of the store cannot be shown: modelfs ls --long says which
 gone: s3://nobody/gone: no such bucket: check the name"""
     )

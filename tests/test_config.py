@@ -25,6 +25,7 @@ from modelfs.config import (
 )
 from modelfs.errors import ConfigError
 from modelfs.types import Entry, Location, Snapshot
+from modelfs.views import Face
 
 MiB, GiB = 1024**2, 1024**3
 KNOWN = {"endpoint_url": str, "profile": str, "retries": int, "headers": dict}
@@ -209,8 +210,18 @@ def test_settings_that_an_older_modelfs_wrote_are_completed() -> None:
     written = loaded(MODEL).to_json()
     for name in ("scrub", "locked", "lock"):
         del written[name]
+    del written["models"][0]["face"]
     settings = Settings.from_json(json.loads(json.dumps(written)))
     assert (settings.scrub, settings.locked) == (20 * 1024**2, False)
+    assert settings.models[0].face == Face()
+
+
+def test_the_face_of_a_model() -> None:
+    text = "source: 'fake://m', include: ['*.json', '*.safetensors'], exclude: onnx/, formats: production"
+    settings = loaded(f"models: {{m: {{{text}, latest: v1}}, n: fake://n}}\n")
+    face = Face(("*.json", "*.safetensors"), ("onnx/",), "production", "v1")
+    assert [model.face for model in settings.models] == [face, Face()]
+    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
 
 
 def test_settings_show_no_options_and_urls() -> None:
@@ -363,9 +374,21 @@ WRONG: Mapping[str, tuple[str | bytes, str]] = {
         "models:\n  a:\n    source: fake://a\n    optinal: true\n",
         r"modelfs\.yaml:4: unknown key 'optinal'; did you mean 'optional'",
     ),
-    "not yet": (
-        "models:\n  a: {source: fake://a, include: ['*']}\n",
-        r"modelfs\.yaml:2: unknown key 'include'",
+    "globs": (
+        "models:\n  a:\n    source: fake://a\n    include: ['*.json', 5]\n",
+        r"modelfs\.yaml:4: include: '5' is not text: put it in quotes",
+    ),
+    "an empty glob": (
+        "models:\n  a:\n    source: fake://a\n    exclude: ''\n",
+        r"modelfs\.yaml:4: exclude: '' is not text",
+    ),
+    "formats": (
+        "models:\n  a: {source: fake://a, formats: productoin}\n",
+        r"modelfs\.yaml:2: formats: 'productoin' is not one of all, production; did you mean 'production'",
+    ),
+    "a version that is a number": (
+        "models:\n  a: {source: fake://a, latest: 1.1}\n",
+        r"modelfs\.yaml:2: latest: '1\.1' is not text: put it in quotes",
     ),
     "duplicate key": (
         "refresh: 1\ncache: {}\nrefresh: 2\n",

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"fuse"},
     {"catalog"},
-    {"snapshots"},
+    {"snapshots", "faces"},
     {"tree", "lockfile"},
     {"namespaces"},
     {"screen"},

@@ -23,6 +23,7 @@ from modelfs.lockfile import Lock, LockedModel
 from modelfs.metrics import Metrics
 from modelfs.stores import open_store
 from modelfs.types import BLOCK, Digest, Entry, Snapshot
+from modelfs.views.filters import filtered
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Takes ``{"name": …, "done": bytes, "total": bytes}`` as the work goes on."""
@@ -91,7 +92,7 @@ async def _lock(settings: Settings, progress: Progress, download: bool) -> Lock:
             snapshot = await retrying(source.store.snapshot, trio.current_time() + RESOLVE_SECONDS)
         if not snapshot.complete:
             raise ConfigError(f"model {model.name}: {snapshot.url} is too large to list: lock a part of it")
-        found[model.name] = source, snapshot
+        found[model.name] = source, await trio.to_thread.run_sync(filtered, model.face, snapshot)
     models = {name: LockedModel.of(snapshot) for name, (_, snapshot) in found.items()}
     weak = [
         (name, found[name][0], found[name][1].entries[path])

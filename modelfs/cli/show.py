@@ -152,6 +152,9 @@ def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
             out.print(
                 f"{printable(model['name'])}: {printable(path)} is a suspicious pickle: {printable(why)}"
             )
+        if model.get("hidden"):  # an older daemon does not tell
+            files = _counted(model["hidden"], "file")
+            out.print(f"{printable(model['name'])}: {files} of the store hidden by its filters")
         if model["rejected"]:
             paths = _counted(model["rejected"], "path")
             out.print(

@@ -32,6 +32,7 @@ from modelfs.config.values import (
     parse_connections,
     parse_deadline,
     parse_duration,
+    parse_globs,
     parse_namespaces,
     parse_path,
     parse_pickles,
@@ -45,6 +46,7 @@ from modelfs.errors import ConfigError
 from modelfs.stores import known_schemes, open_store, scheme_of
 from modelfs.stores.file import path_of
 from modelfs.types import PicklePolicy, path_fault
+from modelfs.views import Face
 
 __all__ = [
     "KEYS",
@@ -92,6 +94,7 @@ class ModelSettings:
         optional: the mount succeeds although the model cannot be resolved.
         pin: its content is never evicted from the cache.
         pickles: ``allow``, ``warn`` or ``deny``: what becomes of suspicious ones.
+        face: what of it is shown, and how.
 
     """
 
@@ -101,6 +104,14 @@ class ModelSettings:
     optional: bool = False
     pin: bool = False
     pickles: PicklePolicy = "allow"
+    face: Face = field(default_factory=Face)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSettings:
+        """Return the settings that `Settings.to_json` wrote of a model."""
+        face = data.get("face", {})
+        globs = {name: tuple(face[name]) for name in ("include", "exclude") if name in face}
+        return cls(**{**data, "sources": tuple(data["sources"]), "face": Face(**{**face, **globs})})
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +189,7 @@ class Settings:
         defaults = {key.name: key.default for key in KEYS if "." not in key.name}
         data = {**defaults, "lock": LOCK, **data}
         cache = CacheSettings(**{**data["cache"], "directory": Path(data["cache"]["directory"])})
-        models = tuple(ModelSettings(**{**m, "sources": tuple(m["sources"])}) for m in data["models"])
+        models = tuple(map(ModelSettings.from_json, data["models"]))
         paths = {name: None if data[name] is None else Path(data[name]) for name in _PATHS}
         given = {"cache": cache, "models": models, "namespaces": tuple(data["namespaces"])}
         return cls(**{**data, **given, **paths})
@@ -230,6 +241,13 @@ KEYS: tuple[Key, ...] = (
     Key("log_level", choice("debug", "info", "warning", "error"), "info", "how much is logged"),
     Key("log_file", parse_path, None, "file of the daemon's log"),
 )
+_FACE: Mapping[str, Callable[[Any], Any]] = {
+    "include": parse_globs,
+    "exclude": parse_globs,
+    "formats": choice("all", "production"),
+    "latest": parse_text,
+}
+"""Key of a model → reader, of what makes up its face."""
 _PATHS = ("mountpoint", "lock", "log_file", "source_file")
 _BY_NAME = {key.name: key for key in KEYS}
 _SECTIONS = {key.name.partition(".")[0] for key in KEYS if "." in key.name}
@@ -419,7 +437,7 @@ def _models_of_file(document: Mapped) -> Iterator[tuple[str, str, dict[str, Any]
             body["source"], body.lines["source"] = written, table.lines[name]
         else:
             body = mapping_at(table, name)
-        refuse_unknown(body, {"source", "options", "optional", "pin", "pickles"})
+        refuse_unknown(body, {"source", "options", "optional", "pin", "pickles", *_FACE})
         if "source" not in body:
             raise ConfigError(f"{place}: model {quoted(name)} has no source: write 'source: URL'")
         source = body["source"]
@@ -439,6 +457,8 @@ def _models_of_file(document: Mapped) -> Iterator[tuple[str, str, dict[str, Any]
                 fields[key] = read_at(body, key, parse_boolean, body[key])
         if "pickles" in body:
             fields["pickles"] = read_at(body, "pickles", parse_pickles, body["pickles"])
+        face = {key: read_at(body, key, read, body[key]) for key, read in _FACE.items() if key in body}
+        fields["face"] = Face(**face)
         yield name, place, fields
 
 

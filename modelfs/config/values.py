@@ -158,6 +158,11 @@ parse_pickles = choice("allow", "warn", "deny")
 """Return a :data:`modelfs.types.PicklePolicy`."""
 
 
+def parse_globs(value: Any) -> tuple[str, ...]:
+    """Return globs of paths: one, or a list of them."""
+    return tuple(map(parse_text, value if isinstance(value, list) else [value]))
+
+
 def parse_namespaces(known: Mapping[str, str]) -> Callable[[Any], tuple[str, ...]]:
     """Return a reader of a list, or of comma-separated text, of namespaces and patterns of models in them.
 

@@ -1,0 +1,95 @@
+"""What the tree shows of what stores list: held to the lock, filtered, with a link to the latest version."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import trio
+
+from modelfs.cache import Cache
+from modelfs.errors import StoreError
+from modelfs.fetch.engine import Fetcher
+from modelfs.fetch.source import Source
+from modelfs.lockfile import Lock
+from modelfs.types import Entry, Snapshot
+from modelfs.views import Face
+from modelfs.views.filters import filtered
+from modelfs.views.versions import marker, with_latest
+
+log = logging.getLogger(__name__)
+
+MARKER_SECONDS = 20.0
+"""How long the content of a file is waited for that says which version is the latest."""
+
+
+class Faces:
+    """Makes what is shown of the listings of one mount; all methods belong to the trio thread.
+
+    Args:
+        cache: where the content of markers is remembered, for a start without network.
+        fetcher: reads them.
+        lock: what every model must be; None if they may be anything.
+
+    """
+
+    def __init__(self, cache: Cache, fetcher: Fetcher, lock: Lock | None) -> None:
+        self._cache = cache
+        self._fetcher = fetcher
+        self._lock = lock
+
+    async def shown(
+        self, name: str, source: Source, face: Face, listed: Snapshot, *, offline: bool = False
+    ) -> Snapshot:
+        """Return what the model `name` shows of what its store `listed`, packed.
+
+        Args:
+            name: of the model.
+            source: its store.
+            face: how it is to be shown.
+            listed: what is there.
+            offline: do not ask the store for the content of a marker; it counts if it was read before.
+
+        Raises:
+            NotLocked: it is not what the lock says.
+            NotFound: there is no such version as the configuration names.
+            StoreError: the store does not say now what is in its marker.
+
+        """
+        own = marker(listed)
+        marked = await self._marked(source, own, offline=offline) if own else ""
+        return await trio.to_thread.run_sync(self._shown, name, face, listed, marked)
+
+    def _shown(self, name: str, face: Face, listed: Snapshot, marked: str) -> Snapshot:
+        kept = filtered(face, listed)
+        if kept.hidden and not kept.listing.totals.files:
+            log.warning("%s: nothing is shown: its filters hide all %d files", name, kept.hidden)
+        held = kept if self._lock is None else self._lock.hold(name, kept)
+        return with_latest(held, face.latest, marked).packed()
+
+    async def _marked(self, source: Source, own: Entry, *, offline: bool) -> str:
+        key = f"marker {source.key(own)}"
+        known = await trio.to_thread.run_sync(self._cache.get_meta, key)
+        if isinstance(known, str):
+            return known
+        if offline:
+            return ""
+        try:
+            content = await self._content(source, own)
+        except StoreError as error:
+            if error.retryable:
+                raise
+            log.warning("%s: %s does not say which version is the latest: %s", source.url, own.path, error)
+            return ""
+        text = content.decode("utf-8", "replace")
+        await trio.to_thread.run_sync(partial(self._cache.set_meta, key, text))
+        return text
+
+    async def _content(self, source: Source, entry: Entry) -> bytes:
+        with trio.move_on_after(MARKER_SECONDS):
+            reader = await self._fetcher.open(source, entry)
+            try:
+                return bytes(await reader.read(0, entry.size))
+            finally:
+                reader.close()
+        raise source.unavailable(entry.path, MARKER_SECONDS)
