@@ -34,6 +34,10 @@ class Origin:
         """Seconds between pieces of `PIECE` bytes of an answer."""
         self.ranges = True
         """Whether ranges are honoured; without, every answer is the whole file."""
+        self.refusal = 0
+        """The status that every request for a range gets, if not 0."""
+        self.cuts: dict[str, int] = {}
+        """Path → after how many bytes the next answer that is longer breaks off."""
         self.faults: dict[str, list[int]] = {}
         """Path → statuses that its next requests for bytes get instead."""
         self.log: list[tuple[str, str, str]] = []
@@ -117,6 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
         if body and self.owner.faults.get(path):
             self._head(self.owner.faults[path].pop(0), {"Content-Length": "0"})
             return
+        if body and wanted and owner.refusal:
+            self._head(owner.refusal, {"Content-Length": "0"})
+            return
         start, stop, status = 0, len(data), 200
         headers = {"ETag": tag, "Accept-Ranges": "bytes"}
         if owner.ranges and (match := re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)):
@@ -127,6 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(path, data, start, stop)
 
     def _send(self, path: str, data: bytes, start: int, stop: int) -> None:
+        if stop - start > self.owner.cuts.get(path, len(data)):
+            stop = start + self.owner.cuts.pop(path)
+            self.close_connection = True
         long = self.owner.long
         if long is not None and stop - start > long[0]:
             long[1].wait()

@@ -20,6 +20,9 @@ from modelfs.types import Location, Span
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 """Statuses that name another place in ``Location`` (RFC 9110 section 15.4)."""
 
+RANGE_REFUSED = frozenset({400, 416, 501})
+"""Statuses of servers that know no ranges; what else they may mean shows when the whole is asked for."""
+
 _CONTENT_RANGE = re.compile(
     r"bytes[ \t]+([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII | re.IGNORECASE
 )

@@ -115,13 +115,16 @@ class RangeClient:
         for handle in idle:
             handle.close()
 
-    async def fetch(self, location: Location, span: Span, size: int, sink: Sink) -> None:
+    async def fetch(
+        self, location: Location, span: Span, size: int, sink: Sink, *, ranged: bool = True
+    ) -> None:
         """Fetch `span` of the object of `size` bytes at `location` into `sink`, in one attempt.
 
-        An empty span needs no request and calls nothing. Redirects are followed, but to no address nearer
-        than that of who redirects (`modelfs.stores.reach`), and `location.headers` are sent to the host of
-        `location.url` only. When this returns the sink has all bytes that it was announced; when it raises,
-        a prefix of them, each of them of the pinned version.
+        An empty span needs no request and calls nothing. A server that refuses the range (400, 416, 501) is
+        asked for the whole; one that is known to send none is not asked for one (`ranged`). Redirects are
+        followed, but to no address nearer than that of who redirects (`modelfs.stores.reach`), and
+        `location.headers` are sent to the host of `location.url` only. When this returns the sink has all
+        bytes that it was announced; when it raises, a prefix of them, each of them of the pinned version.
 
         Cancelled, it aborts the transfer at once, even one whose server is silent, and the sink is not
         called afterwards.
@@ -143,7 +146,7 @@ class RangeClient:
                 guard = Guard(sink, self._metrics.fetched_bytes.labels(scheme), self._pace)
                 match scheme:
                     case "http" | "https":
-                        await self._fetch_http(location, span, size, guard)
+                        await self._fetch_http(location, span, size, guard, ranged)
                     case "file":
                         await in_thread(partial(read_file, location, span, size, guard), guard.abort)
                     case "data":
@@ -152,7 +155,9 @@ class RangeClient:
                         place = redact(location.url)
                         raise BadAnswer(f"{place}: bytes come from http, https, file and data URLs only")
 
-    async def _fetch_http(self, location: Location, span: Span, size: int, guard: Guard) -> None:
+    async def _fetch_http(
+        self, location: Location, span: Span, size: int, guard: Guard, ranged: bool
+    ) -> None:
         try:
             handle = self._take(origin_of(location.url))
         except ValueError as error:
@@ -160,7 +165,7 @@ class RangeClient:
 
         def work() -> None:
             try:
-                handle.fetch(location, span, size, guard)
+                handle.fetch(location, span, size, guard, ranged)
             finally:
                 self._give_back(handle)
 
@@ -214,16 +219,17 @@ class _Handle:
         """Whether it is of no more use."""
         return self._sockets.aborted
 
-    def fetch(self, location: Location, span: Span, size: int, sink: Sink) -> None:
+    def fetch(self, location: Location, span: Span, size: int, sink: Sink, ranged: bool) -> None:
         """Do one attempt, redirects included; see `RangeClient.fetch`."""
         url, secrets = ascii_url(location.url), location.headers
         reach = Reach.PUBLIC if location.public else Reach.LINK
         for _ in range(MAX_REDIRECTS + 1):
-            exchange = Exchange(url, location, span, size, sink, reach)
+            exchange = Exchange(url, location, span, size, sink, reach, ranged=ranged)
             speaker = self._plain if is_plain(url) else self._curl
-            speaker.perform(exchange, _fields(location, secrets, span))
+            speaker.perform(exchange, _fields(location, secrets, span, ranged))
             if exchange.target is None:
                 return
+            ranged = exchange.ranged
             if origin_of(exchange.target) != origin_of(url):
                 secrets = {}  # they were meant for the first host only, and stay away once they were dropped
                 reach = exchange.reach
@@ -239,9 +245,11 @@ class _Handle:
         self._plain.close()
 
 
-def _fields(location: Location, secrets: Mapping[str, str], span: Span) -> dict[str, str]:
+def _fields(location: Location, secrets: Mapping[str, str], span: Span, ranged: bool) -> dict[str, str]:
     """Return the header fields of a request; ours win over those of the location."""
-    own = {"Range": f"bytes={span.start}-{span.stop - 1}", "Accept-Encoding": "identity"}
+    own = {"Accept-Encoding": "identity"}
+    if ranged:
+        own["Range"] = f"bytes={span.start}-{span.stop - 1}"
     if location.etag is not None and not location.etag.startswith("W/"):
         own["If-Match"] = location.etag
     names = {name.lower() for name in own}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from modelfs.cache import Data
 from modelfs.errors import BadAnswer
-from modelfs.fetch.answer import REDIRECTS, accept, redirect
+from modelfs.fetch.answer import RANGE_REFUSED, REDIRECTS, accept, redirect
 from modelfs.fetch.guard import Sink
 from modelfs.stores import redact
 from modelfs.stores.reach import Reach, allowed, peer_reach, written_reach
@@ -22,14 +22,18 @@ class Exchange:
     Attributes:
         url: what is requested, without anything that needs encoding.
         reach: of who answers; a server must not be nearer than the one that redirected to it.
-        target: where the answer redirects to, or None.
+        ranged: whether a range is asked for; False once the server has refused to send one.
+        target: where to ask next: where the answer redirects to, or here for the whole; or None.
         body: the span that the answer delivers, None before it was accepted or if it was not.
 
     """
 
-    def __init__(self, url: str, location: Location, span: Span, size: int, sink: Sink, reach: Reach) -> None:
+    def __init__(
+        self, url: str, location: Location, span: Span, size: int, sink: Sink, reach: Reach, *, ranged: bool
+    ) -> None:
         self.url = url
         self.reach = reach
+        self.ranged = ranged
         self.place = redact(url)
         self.target: str | None = None
         self.body: Span | None = None
@@ -60,6 +64,9 @@ class Exchange:
             target = redirect(self.url, headers)
             allowed(target, written_reach(target), self.reach)
             self.target = target
+            return
+        if self.ranged and status in RANGE_REFUSED:
+            self.ranged, self.target = False, self.url
             return
         body = accept(self.place, status, headers, self._location, self._span, self._size)
         self._sink.begin(body)

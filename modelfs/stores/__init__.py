@@ -70,6 +70,8 @@ SCHEMES: Mapping[str, str] = {
     "https": "modelfs.stores.http:HttpStore",
     "s3": "modelfs.stores.s3:S3Store",
     "hf": "modelfs.stores.hf:HubStore",
+    "oci": "modelfs.stores.oci:OciStore",
+    "docker": "modelfs.stores.oci:OciStore",
     "mock": "modelfs.stores.mock:MockStore",
 }
 """Scheme → ``module:class``, imported when first used so that a daemon pays only for what it mounts."""

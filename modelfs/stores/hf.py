@@ -11,10 +11,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import trio
 
@@ -22,6 +21,7 @@ from modelfs import __version__
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale, StoreError, Unavailable
 from modelfs.stores import Options, checked_options, entry_in, redact
 from modelfs.stores.reach import Reach, allowed, resolved_reach
+from modelfs.stores.web import LINK_LIFE, link_expiry
 from modelfs.types import Digest, Entry, Location, Snapshot, path_fault
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ OPTIONS: Mapping[str, type | tuple[type, ...]] = {"endpoint": str, "token_file":
 _THREADS = trio.CapacityLimiter(16)
 _TIMEOUT = 30.0
 """Seconds that the Hub has for each step of an answer."""
-_LINK_LIFE, _LEAST_LIFE = 600.0, 30.0
-"""Seconds that a location is used whose end cannot be read from it, and that any is used at least."""
 _PAGES = 1000
 """Pages of a listing that are believed."""
 _REMEMBERED = 4
@@ -245,9 +243,9 @@ class HubStore:
             limit = resolved_reach(self._endpoint)
             allowed(found.location, resolved_reach(found.location), limit)
             public = limit is Reach.PUBLIC
-            return Location(found.location, expires=_expiry(found.location, now), public=public)
+            return Location(found.location, expires=link_expiry(found.location, now), public=public)
         sent = {k: v for k, v in self._headers().items() if k.lower() == "authorization"}
-        return Location(found.location, sent, now + _LINK_LIFE)
+        return Location(found.location, sent, now + LINK_LIFE)
 
     # Asking the Hub
 
@@ -354,15 +352,3 @@ def _origin(url: str) -> tuple[str, str, int | None]:
     if parts.scheme not in ("http", "https"):
         raise BadAnswer(f"the Hub leads to a {parts.scheme}: URL: check the endpoint")
     return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme]
-
-
-def _expiry(url: str, now: float) -> float:
-    """Return when a signed link runs out: CloudFront's ``Expires``, or date and lifetime of Signature V4."""
-    query = dict(parse_qsl(urlsplit(url).query))
-    ends = [float(query["Expires"])] if query.get("Expires", "").isdigit() else []
-    for prefix in ("X-Amz", "X-Goog"):
-        date, life = query.get(f"{prefix}-Date", ""), query.get(f"{prefix}-Expires", "")
-        if re.fullmatch(r"\d{8}T\d{6}Z", date) and life.isdigit():
-            ends.append(datetime.strptime(f"{date}+0000", "%Y%m%dT%H%M%SZ%z").timestamp() + int(life))
-    # A link that looks dead on arrival tells of a wrong clock here: let the other side judge.
-    return max(min(ends, default=now + _LINK_LIFE), now + _LEAST_LIFE)

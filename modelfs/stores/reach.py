@@ -68,6 +68,26 @@ def allowed(url: str, reach: Reach, limit: Reach) -> Reach:
     return reach
 
 
+def leads(origin: str, url: str) -> bool:
+    """Return whether a server on the Internet at `origin` leads us to `url`, as it may; blocks for DNS.
+
+    Raises:
+        BadAnswer: `url` is neither http nor https, not encrypted although `origin` is, or nearer.
+
+    """
+    try:
+        scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
+    except ValueError:
+        scheme, host = "", None
+    if scheme not in ("http", "https") or not host:
+        raise BadAnswer(f"{redact(origin)}: leads to something that is not HTTP: check the address")
+    if scheme == "http" and origin.startswith("https:"):
+        raise BadAnswer(f"{redact(origin)}: leads from https to http on {host}: correct the server")
+    limit = resolved_reach(origin)
+    allowed(url, resolved_reach(url), limit)
+    return limit is Reach.PUBLIC
+
+
 def written_reach(url: str) -> Reach:
     """Return the reach of the host of `url` as far as it can be told without asking DNS."""
     return reach_of(urlsplit(url).hostname or "")

@@ -17,8 +17,10 @@ import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Self
+from urllib.parse import parse_qsl, urlsplit
 
 import certifi
 import httpx
@@ -30,6 +32,11 @@ from modelfs.stores import redact
 from modelfs.stores.reach import Reach, allowed, peer_reach, written_reach
 
 MAX_REDIRECTS = 10
+
+LINK_LIFE = 600.0
+"""Seconds that a location is used whose end is not known."""
+LEAST_LIFE = 30.0
+"""Seconds that any location is used at least."""
 
 _STRONG = re.compile(r'"[!#-~]+"')
 _WEAK = re.compile(r'W/"[!#-~]+"')
@@ -98,7 +105,7 @@ class Web:
         self._timeout = timeout
         self._client = httpx.AsyncClient(
             verify=tls,
-            timeout=None,  # noqa: S113  # `_ask` sets one deadline over all phases
+            timeout=None,  # noqa: S113  # `ask` sets one deadline over all phases
             headers={"accept-encoding": "identity", "user-agent": f"modelfs/{__version__}"},
         )
 
@@ -116,9 +123,9 @@ class Web:
             StoreError: the body is longer than `limit` bytes, or the server or the network failed.
 
         """
-        answer = await self._ask("GET", url, limit)
+        answer = await self.ask("GET", url, limit)
         if answer.status != 200:
-            raise _failure(answer, url)
+            raise failure(answer, url)
         return answer
 
     async def facts(self, url: str) -> Facts:
@@ -131,13 +138,13 @@ class Web:
             StoreError: there is no such file, or the server or the network failed.
 
         """
-        answer = await self._ask("HEAD", url)
+        answer = await self.ask("HEAD", url)
         if answer.status in (403, 405, 501) or (answer.status == 200 and _size(answer) is None):
-            answer = await self._ask("GET", url, ask={"range": "bytes=0-0"})
+            answer = await self.ask("GET", url, fields={"range": "bytes=0-0"})
         size = _size(answer)
         empty = answer.status == 416 and size == 0  # there is no first byte to send
         if answer.status not in (200, 206) and not empty:
-            raise _failure(answer, url)
+            raise failure(answer, url)
         if answer.url.path.endswith("/"):
             raise BadAnswer(f"{redact(url)}: is a directory: end its URL with a slash")
         encoding = answer.headers.get("content-encoding", "identity")
@@ -151,13 +158,34 @@ class Web:
             answer.headers.get("last-modified"),
         )
 
-    async def _ask(
-        self, method: str, url: str, limit: int | None = None, ask: Mapping[str, str] | None = None
+    async def ask(
+        self,
+        method: str,
+        url: str,
+        limit: int | None = None,
+        *,
+        fields: Mapping[str, str] | None = None,
+        form: Mapping[str, str] | None = None,
+        follow: bool = True,
     ) -> Answer:
+        """Return the answer to one request, whatever its status.
+
+        Args:
+            method: of HTTP.
+            url: to ask; may hold secrets.
+            limit: most bytes of the body of a 200; None leaves it unread.
+            fields: further header fields, no secrets: they go wherever a redirect leads.
+            form: sent as ``application/x-www-form-urlencoded``, likewise: do not follow with secrets in it.
+            follow: redirects; otherwise the first answer is returned.
+
+        Raises:
+            StoreError: there is no answer, its body is too long, or a redirect must not be followed.
+
+        """
         place = redact(url)
         try:
             with trio.move_on_after(self._timeout):
-                return await self._follow(method, url, limit, ask or {})
+                return await self._follow(method, url, limit, fields or {}, form, follow)
         except httpx.LocalProtocolError as error:
             # Its text quotes the header that could not be sent, which may be a secret.
             raise StoreError(f"{place}: the request cannot be sent: check the option headers") from error
@@ -168,15 +196,23 @@ class Web:
             raise Unavailable(f"{place}: {_detail(error)}: check the address and the network") from error
         raise Unavailable(f"{place}: no answer within {self._timeout:g} s: raise the option timeout")
 
-    async def _follow(self, method: str, url: str, limit: int | None, ask: Mapping[str, str]) -> Answer:
+    async def _follow(
+        self,
+        method: str,
+        url: str,
+        limit: int | None,
+        fields: Mapping[str, str],
+        form: Mapping[str, str] | None,
+        follow: bool,
+    ) -> Answer:
         target, nearest = httpx.URL(url), Reach.LINK
         for _ in range(MAX_REDIRECTS + 1):
             secrets = self._headers if _origin(target) == self._origin else {}
-            request = self._client.build_request(method, target, headers={**secrets, **ask})
+            request = self._client.build_request(method, target, headers={**secrets, **fields}, data=form)
             response = await self._client.send(request, stream=True)
             try:
                 reach = allowed(str(target), _peer_reach(target, response, nearest), nearest)
-                if not response.has_redirect_location:
+                if not response.has_redirect_location or not follow:
                     body = b""
                     if limit is not None and response.status_code == 200:
                         body = await _body(response, limit, redact(url))
@@ -241,6 +277,31 @@ def netrc_auth(host: str) -> str | None:
     return basic_auth(found[0], found[2] or "") if found else None
 
 
+def link_expiry(url: str, now: float) -> float:
+    """Return when a signed link runs out, seconds since the epoch; LINK_LIFE after `now` if it does not tell.
+
+    Known are ``Expires`` of CloudFront and its like, the date and lifetime of Signature V4 (S3, GCS), and
+    ``se`` of Azure's shared access signatures.
+    """
+    query = {name.lower(): value for name, value in parse_qsl(urlsplit(url).query)}
+    ends = [float(query["expires"])] if re.fullmatch(r"[0-9]{1,12}", query.get("expires", "")) else []
+    for prefix in ("x-amz", "x-goog"):
+        date, life = query.get(f"{prefix}-date", ""), query.get(f"{prefix}-expires", "")
+        if re.fullmatch(r"[0-9]{1,9}", life) and (signed := _moment(date, "%Y%m%dT%H%M%SZ")):
+            ends.append(signed + int(life))
+    if "sig" in query and (end := _moment(query.get("se", ""), "%Y-%m-%dT%H:%M:%SZ")):
+        ends.append(end)
+    # A link that looks dead on arrival tells of a wrong clock here: let the other side judge.
+    return max(min(ends, default=now + LINK_LIFE), now + LEAST_LIFE)
+
+
+def _moment(text: str, form: str) -> float | None:
+    try:
+        return datetime.strptime(f"{text}+0000", f"{form}%z").timestamp()
+    except ValueError:
+        return None
+
+
 def _origin(url: httpx.URL) -> tuple[str, str, int]:
     return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
 
@@ -285,7 +346,7 @@ def _size(answer: Answer) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
-def _failure(answer: Answer, url: str) -> StoreError:
+def failure(answer: Answer, url: str) -> StoreError:
     """Return the error that a status other than success stands for."""
     place, status = redact(url), answer.status
     if status in (401, 403, 407):

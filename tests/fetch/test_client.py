@@ -236,6 +236,27 @@ def test_a_server_that_ignores_ranges_delivers_the_whole_object() -> None:
     assert basket.data == CONTENT
 
 
+@pytest.mark.parametrize("status", [400, 416, 501])
+def test_a_server_that_refuses_ranges_is_asked_for_the_whole_object(status: int) -> None:
+    with Server(answer(status, b"no ranges"), answer(200, CONTENT)) as server:
+        basket = fetch(Location(server.url, {"Authorization": SECRET}))
+    assert (basket.span, bytes(basket.data)) == (Span(0, SIZE), CONTENT)
+    assert ["range" in request.headers for request in server.requests] == [True, False]
+    assert server.requests[1].headers["authorization"] == SECRET
+
+
+def test_no_range_is_asked_of_a_server_that_is_known_to_send_none() -> None:
+    basket = Basket()
+
+    async def use(client: RangeClient) -> None:
+        await client.fetch(Location(server.url), SPAN, SIZE, basket, ranged=False)
+
+    with Server(answer(200, CONTENT)) as server:
+        run(use)
+    assert "range" not in server.requests[0].headers
+    assert bytes(basket.data) == CONTENT
+
+
 def test_a_sink_that_does_not_want_the_whole_object_ends_the_transfer() -> None:
     class Unwanted(Exception):
         pass

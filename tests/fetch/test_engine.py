@@ -340,13 +340,14 @@ def test_many_readers_at_distant_offsets_get_their_bytes(tmp_path: Path) -> None
         against(origin, tmp_path, test)
 
 
+@pytest.mark.parametrize("refusal", [0, 400, 416, 501])
 @pytest.mark.parametrize("name", ["x.dat", "x.bin"])
-def test_a_store_that_ignores_ranges_is_read_once(tmp_path: Path, name: str) -> None:
+def test_a_store_that_sends_no_ranges_is_read_once(tmp_path: Path, name: str, refusal: int) -> None:
     data = noise(6 * BLOCK + 5)
 
     async def test(rig: Rig) -> None:
+        rig.origin.ranges, rig.origin.refusal = False, refusal
         reader = await rig.open(name)
-        rig.origin.ranges = False
         got: dict[int, bytes] = {}
 
         async def read(start: int) -> None:
@@ -362,6 +363,23 @@ def test_a_store_that_ignores_ranges_is_read_once(tmp_path: Path, name: str) -> 
         assert rig.fetched() == complete
 
     with Origin({name: data}) as origin:
+        against(origin, tmp_path, test)
+
+
+def test_a_store_that_refused_a_range_is_not_asked_for_one_again(tmp_path: Path) -> None:
+    data = noise(3 * BLOCK)
+
+    async def test(rig: Rig) -> None:
+        rig.origin.refusal = 501
+        rig.origin.cuts["x.dat"] = 2 * BLOCK
+        reader = await rig.open("x.dat")
+        assert await reader.read(0, 1000) == data[:1000]
+        assert await reader.read(2 * BLOCK, 1000) == data[2 * BLOCK : 2 * BLOCK + 1000]
+        first, *others = [wanted for _, _, wanted in rig.origin.contents()]
+        assert first
+        assert others == ["", ""]
+
+    with Origin({"x.dat": data}) as origin:
         against(origin, tmp_path, test)
 
 

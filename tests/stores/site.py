@@ -26,6 +26,7 @@ class Request:
     method: str
     target: str
     headers: Mapping[str, str]
+    body: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def scripted(answers: Answers) -> Iterator[tuple[str, list[Request]]]:
 
         def do_GET(self) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}
-            request = Request(self.command, self.path, headers)
+            body = self.rfile.read(int(headers.get("content-length", 0)))
+            request = Request(self.command, self.path, headers, body)
             requests.append(request)
             reply = answers(request)
             self.send_response(reply.status)
@@ -96,10 +98,10 @@ def scripted(answers: Answers) -> Iterator[tuple[str, list[Request]]]:
                 self.send_header("Connection", "close")
                 self.close_connection = True
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(reply.body)
 
-        do_HEAD = do_GET  # noqa: N815  # the name is http.server's
+        do_HEAD = do_POST = do_GET  # noqa: N815  # the names are http.server's
 
         def log_message(self, *arguments: object) -> None:
             pass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from modelfs.errors import BadAnswer
-from modelfs.stores.reach import Reach, allowed, peer_reach, reach_of, resolved_reach
+from modelfs.stores.reach import Reach, allowed, leads, peer_reach, reach_of, resolved_reach
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,29 @@ def test_behind_a_proxy_the_host_counts_as_it_is_written(monkeypatch: pytest.Mon
     assert peer_reach("http://corp.example/", "127.0.0.1") is Reach.PRIVATE
     assert resolved_reach("http://localhost/") is Reach.PRIVATE
     assert resolved_reach("http://not-asked.invalid/") is Reach.PUBLIC
+
+
+@pytest.mark.parametrize(
+    ("origin", "url"),
+    [
+        ("https://127.0.0.1/", "http://127.0.0.1/"),
+        ("http://127.0.0.1/", "http://169.254.169.254/"),
+        ("http://8.8.8.8/", "http://127.0.0.1/"),
+        ("http://8.8.8.8/", "ftp://8.8.4.4/"),
+        ("http://8.8.8.8/", "http:///"),
+        ("http://8.8.8.8/", "http://[::1"),
+        ("http://8.8.8.8/", ""),
+    ],
+)
+def test_a_server_does_not_lead_where_it_must_not(origin: str, url: str) -> None:
+    with pytest.raises(BadAnswer):
+        leads(origin, url)
+
+
+def test_a_server_may_lead_away() -> None:
+    assert leads("https://8.8.8.8/", "https://8.8.4.4/")
+    assert not leads("http://127.0.0.1/", "https://8.8.8.8/")
+    assert not leads("http://127.0.0.1/", "http://10.0.0.1/")
 
 
 def test_names_are_resolved() -> None:
