@@ -21,9 +21,10 @@ from modelfs.fetch.planner import following
 from modelfs.fetch.reader import Reader
 from modelfs.fetch.scrub import Subject, subjects_in
 from modelfs.fetch.source import Source, retrying
+from modelfs.layouts import Holder, arrange, artifacts, repository
 from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
-from modelfs.namespaces import NAMESPACES, Names, Organisations, path_in, permits
+from modelfs.namespaces import NAMESPACES, Names, Organisations, Repositories, path_in, permits
 from modelfs.screen import Screen
 from modelfs.snapshots import Snapshots
 from modelfs.stores import Options, open_store
@@ -45,8 +46,9 @@ from modelfs.tree import (
     numbers,
 )
 from modelfs.types import Entry, PicklePolicy, Snapshot, entry_fault
-from modelfs.views import Face
+from modelfs.views import Face, ollama
 from modelfs.views.filters import shows
+from modelfs.views.hub import PLACE, folder_of, repositories, revision_in
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,9 @@ class Model:
         on_demand: whether it was found in an on-demand namespace.
         pickles: what becomes of suspicious ones.
         face: what of it is shown, and how.
+        repositories: as which it is found in a Hub cache.
+        before: what was shown before `snapshot`, of a model that is a repository.
+        is_for_ollama: whether `snapshot` is an artifact that Ollama can run.
 
     """
 
@@ -106,6 +111,9 @@ class Model:
     on_demand: bool = False
     pickles: PicklePolicy = "allow"
     face: Face = field(default_factory=Face)
+    repositories: tuple[str, ...] = ()
+    before: Snapshot | None = None
+    is_for_ollama: bool = False
     lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -162,6 +170,9 @@ class Catalog:
         self._absent: dict[tuple[int, str], float] = {}
         self._resolving: dict[tuple[int, str], trio.Lock] = {}
         self._slots = trio.CapacityLimiter(PARALLEL)
+        self._hub = Folder(inode(PLACE, "", "path"), listed=False)
+        tree.put((PLACE,), self._hub)
+        tree.put((ollama.PLACE,), Folder(inode(ollama.PLACE, "", "path"), listed=False))
 
     # -- models ----------------------------------------------------------------------------------------
 
@@ -185,6 +196,10 @@ class Catalog:
         model = Model(name, Source(open_store(url, options), self._metrics), optional, pinned)
         model.pickles = pickles or self._pickles
         model.face = face or Face()
+        own = name if name.partition("/")[0] not in NAMESPACES else ""
+        if own or "@" not in name:  # who names no revision shall not get one that somebody else looked up
+            alone = model.face.layout == "hub"
+            model.repositories = repositories(own, model.source.url, alone=alone)
         self.models[name] = model
         return model
 
@@ -193,6 +208,8 @@ class Catalog:
         name = pattern.partition("/")[0]
         if not any(known.partition("/")[0] == name for known in self._namespaces):
             self.tree.put((name,), Folder(inode(name, "", "namespace"), resolver=NAMESPACES[name](name)))
+        if name == "hf":
+            self._hub.resolver = Repositories(name)
         self._namespaces.append(pattern)
 
     async def start(self, nursery: trio.Nursery, *, keep_going: bool, at_once: bool = False) -> None:
@@ -291,6 +308,7 @@ class Catalog:
         if model.snapshot is None and saved is not None:
             model.snapshot, model.resolved_at = saved
             model.offline, model.state = True, "ready"
+            await self._load_more(model, model.snapshot)
             if patience:
                 why = model.why or "its store has yet to answer"
                 level = logging.WARNING if model.why else logging.INFO
@@ -306,11 +324,13 @@ class Catalog:
             listed = await retrying(store.snapshot, trio.current_time() + seconds)
             self._metrics.resolutions.labels(model.source.scheme).inc()
             snapshot = await self._faces.shown(model.name, model.source, model.face, listed)
+            model.is_for_ollama = await self._faces.is_for_ollama(model.source, snapshot)
             known = model.snapshot
             model.why, model.state, model.offline = None, "ready", False
             model.resolved_at = time.time()
             if known is None or known.revision != snapshot.revision or known.entries != snapshot.entries:
                 model.snapshot = snapshot
+                model.before = known if model.repositories else None
                 await self._save(model, listed)  # first: a successor must know what the kernel has seen
                 log.info(
                     "%s: %s at %s, %d entries",
@@ -356,20 +376,31 @@ class Catalog:
         if model.snapshot is None:
             return
         node: Node
-        if model.snapshot.complete:
-            node = grow(model.name, model.snapshot, model)
-        else:
+        folders = {folder_of(name): name for name in model.repositories if model.snapshot.complete}
+        if not model.snapshot.complete:
             node = Folder(inode(model.name, "", "directory"), resolver=_Entries(model, ""))
+        elif model.face.layout == "hub":
+            holders = _holders([model])
+            own = {folder: repository(f"{model.name}/{folder}", holders) for folder in folders}
+            node = arrange(model.name, own)
+        else:
+            node = grow(model.name, model.snapshot, model)
         changes = self.tree.put(tuple(model.name.split("/")), node, differing)
+        for folder, name in folders.items():
+            named = [other for other in self.models.values() if name in other.repositories]
+            holders = _holders(sorted(named, key=lambda other: other.name != name))
+            changes += self.tree.put((PLACE, folder), repository(f"{PLACE}/{folder}", holders))
+        if ollama.manifest_of(model.source.url):
+            held = [m for m in self.models.values() if m.is_for_ollama]
+            found = artifacts([(m, m.source.url, m.snapshot) for m in held if m.snapshot is not None])
+            changes += self.tree.put((ollama.PLACE, "models"), found)
         self._absent.clear()
         self._publish(changes)
 
     async def _expect(self) -> None:
         """Answer for everything that an earlier daemon may have told the kernel."""
-        for model in self.models.values():
-            node = self.tree.root.at(model.name.split("/"))
-            if isinstance(node, Branch):
-                self.tree.expect(node, await trio.to_thread.run_sync(numbers, node))
+        for root in self.tree.branches():
+            self.tree.expect(root, await trio.to_thread.run_sync(numbers, root))
 
     def _publish(self, changes: list[Change]) -> None:
         rows = [
@@ -395,10 +426,19 @@ class Catalog:
         saved = await trio.to_thread.run_sync(self._snapshots.load, model.source.identity)
         if saved is None:
             return None
-        snapshot, resolved_at = saved
+        shown = await self._shown_of_disk(model, saved[0])
+        return (shown, saved[1]) if shown else None
+
+    async def _load_more(self, model: Model, snapshot: Snapshot) -> None:
+        """Know of a model with a `snapshot` from disk what other layouts show of it."""
+        model.is_for_ollama = await self._faces.is_for_ollama(model.source, snapshot, offline=True)
+        if model.repositories:
+            past = await trio.to_thread.run_sync(self._snapshots.past, model.source.identity)
+            model.before = await self._shown_of_disk(model, past) if past else None
+
+    async def _shown_of_disk(self, model: Model, snapshot: Snapshot) -> Snapshot | None:
         try:
-            shown = await self._faces.shown(model.name, model.source, model.face, snapshot, offline=True)
-            return shown, resolved_at
+            return await self._faces.shown(model.name, model.source, model.face, snapshot, offline=True)
         except StoreError as error:
             log.warning("%s: the snapshot on disk cannot be used: %s", model.name, error)
             return None
@@ -492,6 +532,11 @@ class Catalog:
                 return self.tree.adopt(parent, name, node)
             case Names(path, url):
                 return await self._find_model(parent, name, f"{path}/{name}", f"{url}{name}")
+            case Repositories(namespace):
+                below: Node | None = self.tree.root.children[namespace]
+                for part in name.split("--")[1:]:
+                    below = await self.find(below, part) if isinstance(below, Directory) else None
+                return parent.children.get(name)
             case _Entries(model, _):
                 return await self._find_entry(parent, name, model)
             case unknown:
@@ -517,6 +562,7 @@ class Catalog:
                 raise
             model.snapshot, model.resolved_at = saved
             model.offline, model.state, model.why = True, "ready", str(error)
+            await self._load_more(model, model.snapshot)
             self._show(model)
         await self._remember_found()
         return parent.children.get(name)
@@ -606,6 +652,7 @@ class Catalog:
             "cached_bytes": 0,
             "rejected": len(snapshot.rejected) if snapshot else 0,
             "hidden": snapshot.hidden if snapshot else 0,
+            "repositories": list(model.repositories),
             "pickles": model.pickles,
             "suspicious": {},
             **sums,
@@ -621,3 +668,11 @@ class Catalog:
                 if imports is not None and imports.suspicion:
                     suspicious[entry.path] = imports.suspicion
         return {"cached_bytes": cached, "suspicious": suspicious}
+
+
+def _holders(models: Iterable[Model]) -> list[Holder[Model]]:
+    return [
+        Holder(model, revision_in(model.source.url), [model.snapshot, *filter(None, [model.before])])
+        for model in models
+        if model.snapshot is not None and model.snapshot.complete
+    ]

@@ -13,21 +13,24 @@ from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.source import Source
 from modelfs.lockfile import Lock
 from modelfs.types import Entry, Snapshot
-from modelfs.views import Face
+from modelfs.views import Face, ollama
 from modelfs.views.filters import filtered
 from modelfs.views.versions import marker, with_latest
 
 log = logging.getLogger(__name__)
 
-MARKER_SECONDS = 20.0
-"""How long the content of a file is waited for that says which version is the latest."""
+TEXT_SECONDS = 20.0
+"""How long the content of a file is waited for that decides about what is shown."""
+
+MAX_MANIFEST = 1 << 20
+"""Bytes of the largest manifest that is looked into."""
 
 
 class Faces:
     """Makes what is shown of the listings of one mount; all methods belong to the trio thread.
 
     Args:
-        cache: where the content of markers is remembered, for a start without network.
+        cache: where the content of markers and manifests is remembered, for a start without network.
         fetcher: reads them.
         lock: what every model must be; None if they may be anything.
 
@@ -57,7 +60,7 @@ class Faces:
 
         """
         own = marker(listed)
-        marked = await self._marked(source, own, offline=offline) if own else ""
+        marked = await self._text(source, own, offline=offline) if own else ""
         return await trio.to_thread.run_sync(self._shown, name, face, listed, marked)
 
     def _shown(self, name: str, face: Face, listed: Snapshot, marked: str) -> Snapshot:
@@ -67,8 +70,21 @@ class Faces:
         held = kept if self._lock is None else self._lock.hold(name, kept)
         return with_latest(held, face.latest, marked).packed()
 
-    async def _marked(self, source: Source, own: Entry, *, offline: bool) -> str:
-        key = f"marker {source.key(own)}"
+    async def is_for_ollama(self, source: Source, snapshot: Snapshot, *, offline: bool = False) -> bool:
+        """Return whether `snapshot` is an artifact as Ollama packs them, under a name that Ollama can say.
+
+        Raises:
+            StoreError: the store does not say now what is in its manifest.
+
+        """
+        own = snapshot.entries.get(ollama.MANIFEST) if snapshot.complete else None
+        if own is None or own.size > MAX_MANIFEST or ollama.manifest_of(source.url) is None:
+            return False
+        return ollama.is_artifact(await self._text(source, own, offline=offline))
+
+    async def _text(self, source: Source, own: Entry, *, offline: bool) -> str:
+        """Return the content of a small file, from disk if it was read before; "" if it cannot be had."""
+        key = f"text {source.key(own)}"
         known = await trio.to_thread.run_sync(self._cache.get_meta, key)
         if isinstance(known, str):
             return known
@@ -79,17 +95,17 @@ class Faces:
         except StoreError as error:
             if error.retryable:
                 raise
-            log.warning("%s: %s does not say which version is the latest: %s", source.url, own.path, error)
+            log.warning("%s: what %s says does not count: %s", source.url, own.path, error)
             return ""
         text = content.decode("utf-8", "replace")
         await trio.to_thread.run_sync(partial(self._cache.set_meta, key, text))
         return text
 
     async def _content(self, source: Source, entry: Entry) -> bytes:
-        with trio.move_on_after(MARKER_SECONDS):
+        with trio.move_on_after(TEXT_SECONDS):
             reader = await self._fetcher.open(source, entry)
             try:
                 return bytes(await reader.read(0, entry.size))
             finally:
                 reader.close()
-        raise source.unavailable(entry.path, MARKER_SECONDS)
+        raise source.unavailable(entry.path, TEXT_SECONDS)

@@ -23,6 +23,13 @@ class Names:
     url: str
 
 
+@dataclass(frozen=True)
+class Repositories:
+    """Resolver of a Hub cache: its directories are those of the models of `namespace`."""
+
+    namespace: str
+
+
 NAMESPACES: Mapping[str, Callable[[str], Organisations | Names]] = {
     "hf": lambda name: Organisations(name),
     "s3": lambda name: Names(name, "s3://"),
@@ -30,6 +37,7 @@ NAMESPACES: Mapping[str, Callable[[str], Organisations | Names]] = {
 """On-demand namespaces: each resolves a name when it is first looked up."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FOLDER = re.compile(rf"models--(?!.*--.*--)({_PLAIN.pattern})--({_PLAIN.pattern})")
 _REVISED = re.compile(rf"{_PLAIN.pattern}(@{_PLAIN.pattern})?")
 
 
@@ -50,4 +58,6 @@ def path_in(resolver: object, name: str) -> str | None:
             return f"{namespace}/{name}"
         case Names(path, url) if (_REVISED if url.startswith("hf:") else _PLAIN).fullmatch(name):
             return f"{path}/{name}"
+        case Repositories(namespace) if found := _FOLDER.fullmatch(name):
+            return "/".join((namespace, *found.groups()))
     return None

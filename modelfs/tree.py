@@ -120,17 +120,26 @@ class Directory(Node):
 
 @dataclass(slots=True, eq=False)
 class Folder(Directory):
-    """A directory that is filled name by name."""
+    """A directory that is filled name by name.
+
+    Attributes:
+        listed: whether it is among the names of the directory it is in. Who knows the name finds it anyway.
+
+    """
 
     ino: int
     mtime: float = 0.0
     children: dict[str, Node] = field(default_factory=dict)
     resolver: Any = None
+    listed: bool = True
 
     @property
     def links(self) -> int:  # type: ignore[override]  # nobody sets it
         """Two, and one for each subdirectory."""
-        return 2 + sum(isinstance(child, Directory) for child in self.children.values())
+        return 2 + sum(isinstance(child, Directory) for _, child in self._listed())
+
+    def _listed(self) -> Iterator[tuple[str, Node]]:
+        return (item for item in self.children.items() if not isinstance(item[1], Folder) or item[1].listed)
 
     def at(self, path: Iterable[str]) -> Node | None:
         """Return what is under `path`, None if there is nothing."""
@@ -144,7 +153,7 @@ class Folder(Directory):
 
     def names(self) -> Names:
         """Return what a listing that begins now shows."""
-        children = sorted(self.children.items(), key=itemgetter(0))
+        children = sorted(self._listed(), key=itemgetter(0))
         return lambda start: (
             Named(name, node, place + 1)
             for place, (name, node) in zip(count(start), children[start:], strict=False)
@@ -342,6 +351,10 @@ class Tree:
             self._loose.discard(ino)
             self._nodes.pop(ino, None)
 
+    def branches(self) -> list[Branch]:
+        """Return the roots of all models in the tree, in every layout."""
+        return [node for node in _walk(self.root) if isinstance(node, Branch)]
+
     def put(self, path: tuple[str, ...], node: Node, differing: list[Change] | None = None) -> list[Change]:
         """Show `node` under `path`, making directories on the way; return what changed for the kernel.
 
@@ -396,6 +409,8 @@ class Tree:
         old = parent.children.get(name)
         if old is not None and old.ino == node.ino:
             match old, node:
+                case Branch(), Branch() if old.shown.listing is node.shown.listing:
+                    return []
                 case Branch(), Branch():
                     before, old.shown.listing = old.shown.listing, node.shown.listing
                     parent.mtime = max(parent.mtime, node.mtime)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -19,7 +21,8 @@ from modelfs.fetch.engine import Fetcher
 from modelfs.metrics import Metrics
 from modelfs.stores import Options, entry_in
 from modelfs.tree import Directory, File, Node, Tree
-from modelfs.types import BLOCK, Entry, Location, Snapshot
+from modelfs.types import BLOCK, Digest, Entry, Location, Snapshot
+from modelfs.views import Face
 
 
 class Shelf:
@@ -51,6 +54,7 @@ async def catalog(
     *,
     limit: int | None = None,
     pinned: frozenset[str] = frozenset(),
+    face: Face | None = None,
 ) -> AsyncIterator[tuple[Catalog, Cache]]:
     """A started catalog with one model for each of `stores`."""
     metrics = Metrics()
@@ -66,7 +70,7 @@ async def catalog(
             fetcher = Fetcher(nursery, cache, client, metrics)
             own = Catalog(Tree(), cache, fetcher, metrics, lambda url: {}, lambda changes: None)
             for name in stores:
-                own.add(name, name, {}, pinned=name in pinned)
+                own.add(name, name, {}, pinned=name in pinned, face=face)
             await own.start(nursery, keep_going=True)
             yield own, cache
             nursery.cancel_scope.cancel()
@@ -178,5 +182,86 @@ def test_a_start_out_of_reach_shows_no_other_place(tmp_path: Path, monkeypatch: 
         async with catalog(tmp_path, monkeypatch, {"m": there}) as (own, _):
             assert own.models["m"].state == "unavailable"
             assert "m" not in own.tree.root.children
+
+    run(test)
+
+
+class Huge(Shelf):
+    """A store that is too large to list."""
+
+    async def snapshot(self) -> Snapshot:
+        return Snapshot.of(self.url, "", [], complete=False)
+
+    async def entry(self, path: str) -> Entry:
+        return entry_in(await super().snapshot(), path)
+
+
+def test_globs_hold_for_a_store_too_large_to_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = {"m": Huge("memory://m", {"sub/a.json": b"{}", "sub/a.bin": b"weights"})}
+
+    async def test() -> None:
+        face = Face(include=("*.json",), latest="sub")
+        async with catalog(tmp_path, monkeypatch, stores, face=face) as (own, _):
+            directory: Any = await own.find(cast("Any", node_at(own, "m")), "sub")
+            assert await own.find(directory, "a.bin") is None
+            assert isinstance(await own.find(directory, "a.json"), File)
+            assert await content(own, "m", "sub", "a.json") == b"{}"
+
+    run(test)
+
+
+def test_a_version_that_is_not_there_is_the_reason_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = {"m": Shelf("memory://m", {"v1.0/w": b"1"})}
+
+    async def test() -> None:
+        async with catalog(tmp_path, monkeypatch, stores, face=Face(latest="v2.0")) as (own, _):
+            assert own.models["m"].state == "unavailable"
+            assert "has no directory 'v2.0'" in (own.models["m"].why or "")
+
+    run(test)
+
+
+class Artifacts(Shelf):
+    """A registry's artifact: its files have digests."""
+
+    async def snapshot(self) -> Snapshot:
+        if not self.reachable:
+            raise Unavailable(f"{self.url} is out of reach")
+        digests = {path: Digest("sha256", sha256(data).hexdigest()) for path, data in self.files.items()}
+        entries = [Entry(path, len(data), "1", digests[path]) for path, data in self.files.items()]
+        return Snapshot.of(self.url, "", entries)
+
+
+def test_artifacts_for_ollama_are_laid_out_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.dumps({"layers": [{"mediaType": "application/vnd.ollama.image.model"}]}).encode()
+    stores = {
+        "tiny": Artifacts(
+            "oci://registry.local/me/tiny:1b",
+            {".oci/manifest.json": manifest, ".oci/config.json": b"{}", "model.gguf": b"GGUF"},
+        ),
+        "image": Artifacts("oci://registry.local/me/image:1", {".oci/manifest.json": b'{"layers": []}'}),
+    }
+    name = f"sha256-{sha256(b'GGUF').hexdigest()}"
+
+    async def test() -> None:
+        for _ in range(2):  # the second time from the disk
+            async with catalog(tmp_path, monkeypatch, stores) as (own, _):
+                models = (".ollama", "models")
+                assert (
+                    await content(own, *models, "manifests", "registry.local", "me", "tiny", "1b") == manifest
+                )
+                assert await content(own, *models, "blobs", name) == b"GGUF"
+                named = node_at(own, *models, "manifests", "registry.local", "me")
+                assert isinstance(named, Directory)
+                assert set(named.children) == {"tiny"}
+                blob, plain = node_at(own, *models, "blobs", name), node_at(own, "tiny", "model.gguf")
+                assert isinstance(blob, File)
+                assert isinstance(plain, File)
+                assert blob.entry == plain.entry
+                assert blob.ino != plain.ino
+            for store in stores.values():
+                store.reachable = False
 
     run(test)

@@ -386,6 +386,14 @@ WRONG: Mapping[str, tuple[str | bytes, str]] = {
         "models:\n  a: {source: fake://a, formats: productoin}\n",
         r"modelfs\.yaml:2: formats: 'productoin' is not one of all, production; did you mean 'production'",
     ),
+    "a name that is no repository": (
+        "models:\n  a--b: {source: fake://a, layout: hub}\n",
+        r"modelfs\.yaml:2: model 'a--b': layout: the name of the model cannot be that of a repository",
+    ),
+    "a name that the mount uses": (
+        "models:\n  .hub/a: {source: fake://a}\n",
+        r"modelfs\.yaml:2: model name '\.hub/a': '\.hub' is a name the mount uses itself",
+    ),
     "a version that is a number": (
         "models:\n  a: {source: fake://a, latest: 1.1}\n",
         r"modelfs\.yaml:2: latest: '1\.1' is not text: put it in quotes",

@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"fuse"},
     {"catalog"},
+    {"layouts"},
     {"snapshots", "faces"},
     {"tree", "lockfile"},
     {"namespaces"},

@@ -46,7 +46,7 @@ from modelfs.errors import ConfigError
 from modelfs.stores import known_schemes, open_store, scheme_of
 from modelfs.stores.file import path_of
 from modelfs.types import PicklePolicy, path_fault
-from modelfs.views import Face
+from modelfs.views import Face, hub, ollama
 
 __all__ = [
     "KEYS",
@@ -73,7 +73,7 @@ SEARCH = (Path("modelfs.yaml"), Path("/etc/modelfs/config.yaml"))
 NAMESPACES: Mapping[str, str] = {"hf": "hf://org/name", "s3": "s3://bucket"}
 """On-demand namespace → a URL like those it makes: for the options of the scheme, and the depth of names."""
 
-RESERVED = frozenset({*NAMESPACES, "github", "oci", "model-metadata.yaml"})
+RESERVED = frozenset({*NAMESPACES, "github", "oci", "model-metadata.yaml", hub.PLACE, ollama.PLACE})
 """First components that a model's name must not have: the tree uses or will use them itself."""
 
 LOCK = "modelfs.lock"
@@ -246,6 +246,7 @@ _FACE: Mapping[str, Callable[[Any], Any]] = {
     "exclude": parse_globs,
     "formats": choice("all", "production"),
     "latest": parse_text,
+    "layout": choice("plain", "hub"),
 }
 """Key of a model → reader, of what makes up its face."""
 _PATHS = ("mountpoint", "lock", "log_file", "source_file")
@@ -459,6 +460,9 @@ def _models_of_file(document: Mapped) -> Iterator[tuple[str, str, dict[str, Any]
             fields["pickles"] = read_at(body, "pickles", parse_pickles, body["pickles"])
         face = {key: read_at(body, key, read, body[key]) for key, read in _FACE.items() if key in body}
         fields["face"] = Face(**face)
+        if fields["face"].layout == "hub" and not hub.repositories(name, "", alone=True):
+            reason = "the name of the model cannot be that of a repository: rename it"
+            raise ConfigError(f"{body.place('layout')}: model {quoted(name)}: layout: {reason}")
         yield name, place, fields
 
 
