@@ -195,9 +195,9 @@ def read_plain(run: Run, name: str) -> None:
     elif name == LOCAL:
         _warm(run, name, run.big, lambda: 0.0)
     else:
-        _touch_memory(run.disk, size)
         with mounted(name, run.origin.plain, BUCKET, "big", run.disk) as mount:
             path = mount.path / run.big.name
+            _touch_memory(run.disk, size)
             before = mount.cpu()
             (seconds,) = run.work("read", path)
             run.add("cold sequential read", name, size / seconds)
@@ -227,11 +227,12 @@ def _warm(run: Run, name: str, path: Path, cpu: Callable[[], float]) -> None:
 def read_shaped(run: Run, name: str) -> None:
     """Cold read of what comes as if over a network."""
     size = run.big.stat().st_size
-    _touch_memory(run.disk, size)
     if name in RAWS:
+        _touch_memory(run.disk, size)
         seconds = _download(run, name, run.origin.shaped, run.big, run.disk)
     else:
         with mounted(name, run.origin.shaped, BUCKET, "big", run.disk) as mount:
+            _touch_memory(run.disk, size)
             (seconds,) = run.work("read", mount.path / run.big.name)
             _verify(run, name, mount.path / run.big.name)
             run.add("peak RSS of the daemon", name, mount.peak_rss())
@@ -241,8 +242,8 @@ def read_shaped(run: Run, name: str) -> None:
 def shared(run: Run, name: str) -> None:
     """Cold read by processes that share a descriptor."""
     size = run.big.stat().st_size
-    _touch_memory(run.disk, size)
     with mounted(name, run.origin.plain, BUCKET, "big", run.disk) as mount:
+        _touch_memory(run.disk, size)
         (seconds,) = run.work("share", mount.path / run.big.name, SHARED)
         run.add("cold read, 8 processes", name, size / seconds)
         run.add("peak RSS of the daemon", name, mount.peak_rss())
@@ -378,7 +379,7 @@ def _touch_memory(disk: Path, size: int) -> None:
     """Make the machine have `size` bytes of memory at hand, and a disk that is not busy with earlier ones."""
     noise = os.urandom(MIB)
     with tempfile.TemporaryFile(dir=disk) as file:
-        for _ in range(-(-size // MIB)):
+        for _ in range(-(-2 * size // MIB)):
             file.write(noise)
     os.sync()
 

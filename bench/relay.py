@@ -41,13 +41,21 @@ def serve(listener: socket.socket, upstream: int, delay: float, rate: float) -> 
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if rate:
             client.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, int(rate))
-        threading.Thread(target=_requests, args=(client, server, delay), daemon=True).start()
-        threading.Thread(target=_answers, args=(server, client), daemon=True).start()
+        threading.Thread(target=_converse, args=(client, server, delay), daemon=True).start()
+
+
+def _converse(client: socket.socket, server: socket.socket, delay: float) -> None:
+    """Relay both ways until one side has ended; only then are the two closed, for both threads use them."""
+    with client, server:
+        answers = threading.Thread(target=_answers, args=(server, client), daemon=True)
+        answers.start()
+        _requests(client, server, delay)
+        answers.join()
 
 
 def _requests(client: socket.socket, server: socket.socket, delay: float) -> None:
     """Hand over what the client says, `delay` later: a request without a body comes in one piece."""
-    with contextlib.suppress(ConnectionError), client:
+    with contextlib.suppress(ConnectionError):
         while data := client.recv(65536):
             time.sleep(delay)
             server.sendall(data)
@@ -59,7 +67,7 @@ def _answers(server: socket.socket, client: socket.socket) -> None:
     out, into = os.pipe()
     try:
         fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE)
-        with contextlib.suppress(ConnectionError), server:
+        with contextlib.suppress(ConnectionError):
             while held := os.splice(server.fileno(), into, PIPE):
                 while held:
                     held -= os.splice(out, client.fileno(), held)
