@@ -83,8 +83,8 @@ def measure(settings: Settings, path: str, most: int, progress: Progress) -> dic
             model = place / MODEL
             file = model if stat.S_ISREG(model.stat().st_mode) else model / entry.path
             found["cold"] = _read(file, most, "cold", progress)
-            _read(file, most, "settle", progress)  # what has come in is checked meanwhile
-            found["warm"] = _read(file, most, "warm", progress)
+            _read(file, most, "settle", progress, forget=True)  # what has come in is checked meanwhile
+            found["warm"] = _read(file, most, "warm", progress, forget=True)
             transport = control.ControlClient(control.socket_path(place)).status()["transport"]
         finally:
             launch.end(place, lazy=True)
@@ -170,12 +170,15 @@ class _File:
             os.pwrite(self._fd, data, offset)
 
 
-def _read(path: Path, most: int, name: str, progress: Progress) -> float:
-    """Read a file from its start, past the pages that the kernel keeps of it; return bytes per second."""
+def _read(path: Path, most: int, name: str, progress: Progress, *, forget: bool = False) -> float:
+    """Read a file from its start, without the pages that the kernel has of it if it shall `forget` them.
+
+    A mount's file loses its own pages so, not those of the cache file behind it. Returns bytes per second.
+    """
     buffer = memoryview(bytearray(MIB))
     with path.open("rb", buffering=0) as file:
         size = min(os.fstat(file.fileno()).st_size, most)
-        if name != "cold":
+        if forget:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         started, done = time.perf_counter(), 0
         while done < size:

@@ -203,9 +203,9 @@ class Download:
         Whoever waits for the first byte of a block goes on as a rule, so it is one part then.
         """
         whole, first = block_span(block, self.entry.size), self.piece(block)
-        cuts = (first, Span(first.stop, whole.stop), Span(whole.start, first.start))
+        cuts = [first, Span(first.stop, whole.stop), Span(whole.start, first.start)]
         if first.start == whole.start:
-            cuts = (whole, Span(0, 0), Span(0, 0))
+            cuts = [whole]
         return [part for cut in cuts for gap in self.object.gaps(block) if (part := gap & cut)]
 
     def wake(self) -> None:

@@ -59,6 +59,9 @@ BATCH = 32
 BATCH_SECONDS = 0.005
 """How long requests are read before other tasks get their turn: a page of a listing takes a millisecond."""
 
+LINGER_SECONDS = 50e-6
+"""How long it is looked whether who got an answer asks on at once: waking a core that sleeps takes longer."""
+
 LEAVE_SECONDS = 10.0
 """How long what was begun may take when a successor waits; the kernel asks the successor for the rest."""
 
@@ -228,12 +231,21 @@ class Transport:
         """Read and begin to answer what is there, up to `BATCH` requests."""
         until = time.monotonic() + BATCH_SECONDS
         for _ in range(BATCH):
-            message = self._device.read()
+            message = self._device.read() or self._next()
             if message is None:
                 return
             self._begin(message)
             if time.monotonic() > until:
                 return
+
+    def _next(self) -> memoryview | None:
+        """Return the next request of somebody who sends one after the other, if it comes at once."""
+        until = time.monotonic() + LINGER_SECONDS
+        while self._device.connected and not self._running and time.monotonic() < until:
+            message = self._device.read()
+            if message is not None:
+                return message
+        return None
 
     def _begin(self, message: memoryview) -> None:
         try:
