@@ -43,7 +43,7 @@ from modelfs.config.values import (
     quoted,
 )
 from modelfs.errors import ConfigError
-from modelfs.stores import known_schemes, open_store, scheme_of
+from modelfs.stores import known_schemes, open_store, scheme_of, spelled
 from modelfs.stores.file import path_of
 from modelfs.types import PicklePolicy, path_fault
 from modelfs.views import Face, hub, ollama
@@ -493,7 +493,7 @@ def _refuse_name(name: str, place: str, places: Mapping[str, str]) -> None:
 
 
 def _normal(url: str) -> str:
-    return f"{scheme_of(url)}://{url.partition('://')[2]}"
+    return f"{scheme_of(url)}://{spelled(url).partition('://')[2]}"
 
 
 def _covering(url: str, prefixes: Iterable[str]) -> list[str]:

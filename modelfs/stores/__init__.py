@@ -73,11 +73,23 @@ SCHEMES: Mapping[str, str] = {
     "oci": "modelfs.stores.oci:OciStore",
     "docker": "modelfs.stores.oci:OciStore",
     "mock": "modelfs.stores.mock:MockStore",
+    "mlflow": "modelfs.stores.mlflow:MlflowStore",
 }
 """Scheme → ``module:class``, imported when first used so that a daemon pays only for what it mounts."""
 
+SPELLINGS: Mapping[str, str] = {"models:/": "mlflow://models/", "runs:/": "mlflow://runs/"}
+"""How other tools write the URLs of their models → how we do."""
+
 GROUP = "modelfs.stores"
 """Entry point group where other packages register schemes."""
+
+
+def spelled(url: str) -> str:
+    """Return `url` as we write it where it is one of the `SPELLINGS` of others; anything else as it is."""
+    for theirs, ours in SPELLINGS.items():
+        if url.startswith(theirs) and not url.startswith(f"{theirs}/"):
+            return ours + url.removeprefix(theirs)
+    return url
 
 
 def scheme_of(url: str) -> str:
@@ -87,7 +99,7 @@ def scheme_of(url: str) -> str:
         ConfigError: if `url` has none.
 
     """
-    scheme, separator, _ = url.partition("://")
+    scheme, separator, _ = spelled(url).partition("://")
     if not separator or not scheme:
         raise ConfigError(
             f"{redact(url)!r} is not a store URL: write SCHEME://…, for example s3://bucket/prefix, "
@@ -128,7 +140,7 @@ def open_store(url: str, options: Options | None = None) -> Store:
         ConfigError: unknown scheme, malformed URL, unknown option, or an extra that is not installed.
 
     """
-    return _factory(scheme_of(url))(url, options or {})
+    return _factory(scheme_of(url))(spelled(url), options or {})
 
 
 def _factory(scheme: str) -> Factory:

@@ -16,7 +16,7 @@ import html.parser
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
@@ -26,7 +26,7 @@ import trio
 
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, StoreError
 from modelfs.stores import Options, checked_options, entry_in, redact
-from modelfs.stores.web import Facts, Web, basic_auth, netrc_auth, tls_context
+from modelfs.stores.web import Facts, Web, basic_auth, each, netrc_auth, tls_context
 from modelfs.types import Digest, Entry, Location, Snapshot, path_fault
 
 MANIFEST = "modelfs-manifest.json"
@@ -35,8 +35,6 @@ MANIFEST = "modelfs-manifest.json"
 MAX_MANIFEST = 64 << 20
 MAX_INDEX = 16 << 20
 MAX_DEPTH = 32
-AT_ONCE = 16
-"""Requests in flight while one snapshot is made."""
 
 _OPTIONS: dict[str, type | tuple[type, ...]] = {
     "headers": dict,
@@ -241,7 +239,7 @@ class HttpStore:
 
         depth = 0
         while level and depth < MAX_DEPTH:
-            await _each(follow, level)
+            await each(follow, level)
             level, below, depth = below, [], depth + 1
         rejected += [(path.rstrip("/"), f"it is deeper than {MAX_DEPTH} directories") for path in level]
         return files, empty, rejected
@@ -392,7 +390,7 @@ async def _pinned(
         except (NotFound, AccessDenied, BadAnswer) as error:
             failures.append((file.path, error))
 
-    await _each(pin, files)
+    await each(pin, files)
     return entries, failures
 
 
@@ -423,23 +421,3 @@ def _version(facts: Facts) -> str:
 
 async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
     return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=_PARSERS)
-
-
-async def _each(function: Callable[[T], Awaitable[None]], items: Sequence[T]) -> None:
-    """Call `function` with every item, up to AT_ONCE at a time; the first StoreError ends them all."""
-    queue = iter(items)
-    failures: list[StoreError] = []
-
-    async def work(scope: trio.CancelScope) -> None:
-        try:
-            for item in queue:
-                await function(item)
-        except StoreError as error:
-            failures.append(error)
-            scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(min(AT_ONCE, len(items))):
-            nursery.start_soon(work, nursery.cancel_scope)
-    if failures:
-        raise failures[0]

@@ -15,11 +15,11 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import certifi
@@ -32,6 +32,10 @@ from modelfs.stores import redact
 from modelfs.stores.reach import Reach, allowed, peer_reach, written_reach
 
 MAX_REDIRECTS = 10
+AT_ONCE = 16
+"""Requests in flight while one snapshot is made."""
+
+T = TypeVar("T")
 
 LINK_LIFE = 600.0
 """Seconds that a location is used whose end is not known."""
@@ -232,6 +236,26 @@ class Web:
                 nearest = reach
             target = following
         raise BadAnswer(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
+
+
+async def each(function: Callable[[T], Awaitable[None]], items: Sequence[T]) -> None:
+    """Call `function` with every item, up to `AT_ONCE` at a time; the first StoreError ends them all."""
+    queue = iter(items)
+    failures: list[StoreError] = []
+
+    async def work(scope: trio.CancelScope) -> None:
+        try:
+            for item in queue:
+                await function(item)
+        except StoreError as error:
+            failures.append(error)
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(min(AT_ONCE, len(items))):
+            nursery.start_soon(work, nursery.cancel_scope)
+    if failures:
+        raise failures[0]
 
 
 @functools.cache  # reading the authorities takes 40 ms, and every snapshot makes a client
