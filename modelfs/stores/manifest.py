@@ -19,7 +19,7 @@ import platform as machine
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -222,7 +222,11 @@ def entries(manifest: Manifest, digest: Digest, size: int) -> list[Entry]:
 def below(listed: Iterable[Entry], directory: str) -> list[Entry]:
     """Return the entries below `directory`, with paths relative to it."""
     prefix = f"{directory}/"
-    return [_moved(entry, entry.path[len(prefix) :]) for entry in listed if entry.path.startswith(prefix)]
+    return [
+        replace(entry, path=entry.path.removeprefix(prefix))
+        for entry in listed
+        if entry.path.startswith(prefix)
+    ]
 
 
 def named(layers: Sequence[Descriptor]) -> Iterator[tuple[str, Descriptor]]:
@@ -258,10 +262,6 @@ def _entry(path: str, layer: Descriptor, created: float) -> Entry:
     if _METADATA in layer.annotations:
         mtime = _metadata_time(layer.annotations[_METADATA]) or created
     return Entry(path, layer.size, str(layer.digest), layer.digest, mtime)
-
-
-def _moved(entry: Entry, path: str) -> Entry:
-    return Entry(path, entry.size, entry.version, entry.digest, entry.mtime, entry.kind, entry.target)
 
 
 def _descriptor(row: Any, place: str) -> Descriptor:
