@@ -41,6 +41,7 @@ MANIFEST = ".oci/manifest.json"
 MANIFEST_VERSION = "manifest "
 """What precedes the digest in the version of the manifest, which is no blob of the registry."""
 CONFIG = ".oci/config.json"
+_OURS = ".oci/"
 LAYERS = ".oci/layers"
 """Directory of the layers that are tars, in order: ``00-DIGEST.tar.gz``."""
 
@@ -198,25 +199,45 @@ def choose(index: Manifest, wanted: str | None, place: str) -> Descriptor:
     return found[0]
 
 
-def entries(manifest: Manifest, digest: Digest, size: int) -> list[Entry]:
+def entries(
+    manifest: Manifest, digest: Digest, size: int, directory: str = ""
+) -> tuple[list[Entry], list[tuple[str, str]]]:
     """Return the entries of a manifest of `size` bytes: the files, and below ``.oci`` what is not a file.
 
-    The version of every other entry is its digest. Paths are as their makers wrote them.
+    Also those that must not be shown, with the reason.
+
+    The version of every other entry than the manifest is its digest. Paths are as their makers wrote them.
+    Of a `directory` it is the files in it, relative to it, and the layers, which may hold more of them; that
+    they stand for a directory only is told by their place, ``.oci/layers/DIRECTORY``.
     """
     created = manifest.created
-    found = [Entry(MANIFEST, size, f"{MANIFEST_VERSION}{digest}", digest, created)]
-    if manifest.config is not None:
-        found.append(_entry(CONFIG, manifest.config, created))
     width = len(str(len(manifest.layers)))
-    for number, layer in enumerate(manifest.layers):
-        if layer.tar:
-            path = f"{LAYERS}/{number:0{width}}-{layer.digest.value[:12]}.{layer.tar}"
-            found.append(_entry(path, layer, created))
-    files = dict.fromkeys(
-        _entry(path, layer, created)
-        for path, layer in named([layer for layer in manifest.layers if not layer.tar])
-    )
-    return [*found, *files]
+    place = f"{LAYERS}/{directory}" if directory else LAYERS
+    layers = [
+        _entry(f"{place}/{number:0{width}}-{layer.digest.value[:12]}.{layer.tar}", layer, created)
+        for number, layer in enumerate(manifest.layers)
+        if layer.tar
+    ]
+    plain = [layer for layer in manifest.layers if not layer.tar]
+    files = list(dict.fromkeys(_entry(path, layer, created) for path, layer in named(plain)))
+    files = below(files, directory) if directory else files
+    taken = [(file.path, "this place is not for files") for file in files if file.path.startswith(_OURS)]
+    files = [file for file in files if not file.path.startswith(_OURS)]
+    if directory:
+        return [*layers, *files], taken
+    config = [_entry(CONFIG, manifest.config, created)] if manifest.config else []
+    return [
+        Entry(MANIFEST, size, f"{MANIFEST_VERSION}{digest}", digest, created),
+        *config,
+        *layers,
+        *files,
+    ], taken
+
+
+def layers_in(paths: Iterable[str]) -> tuple[str, list[str]]:
+    """Return the directory that the layers among `paths` stand for, "" for all, and these, bottom first."""
+    found = sorted(path for path in paths if path.startswith(f"{LAYERS}/"))
+    return found[0].rpartition("/")[0][len(LAYERS) + 1 :] if found else "", found
 
 
 def below(listed: Iterable[Entry], directory: str) -> list[Entry]:

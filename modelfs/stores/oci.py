@@ -15,7 +15,7 @@ import ipaddress
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,7 +31,6 @@ from modelfs.stores.manifest import (
     MANIFEST_VERSION,
     MANIFESTS,
     Manifest,
-    below,
     choose,
     entries,
     parse,
@@ -252,12 +251,11 @@ class OciStore:
         raise BadAnswer(f"{self.url}: an index in an index in an index: name a manifest by its digest")
 
     def _snapshot(self, manifest: Manifest, digest: Digest, size: int) -> Snapshot:
-        listed = entries(manifest, digest, size)
-        if self._path:
-            listed = below(listed, self._path)
-            if not listed:
-                raise NotFound(f"{self.url}: has nothing at {self._path!r}: correct the option path")
-        return Snapshot.of(self.url, str(digest), listed)
+        listed, taken = entries(manifest, digest, size, self._path)
+        if not listed:
+            raise NotFound(f"{self.url}: has nothing at {self._path!r}: correct the option path")
+        snapshot = Snapshot.of(self.url, str(digest), listed)
+        return replace(snapshot, rejected=(*taken, *snapshot.rejected))
 
     # Asking the registry
 

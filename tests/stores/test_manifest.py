@@ -35,7 +35,7 @@ def parsed(**members: Any) -> oci.Manifest:
 
 def paths(*layers: Any) -> list[str]:
     """Return the paths of the files of an artifact, in the order of its layers."""
-    entries = oci.entries(parsed(layers=list(layers)), Digest.parse(digest("manifest")), 1)
+    entries, _ = oci.entries(parsed(layers=list(layers)), Digest.parse(digest("manifest")), 1)
     assert entries[0].path == oci.MANIFEST
     return [entry.path for entry in entries[1:]]
 
@@ -112,15 +112,43 @@ def test_layers_stay_in_order_however_many_there_are() -> None:
     assert found == sorted(found)
 
 
+def test_a_directory_holds_its_files_and_layers_that_may_hold_more() -> None:
+    layers = [row(LAYER), row("x/raw", "a", {PATH: "models/a"}), row("x/raw", "b", {PATH: "models-2/b"})]
+    listed, _ = oci.entries(parsed(layers=layers), Digest.parse(digest("m")), 1, "models")
+    assert [entry.path for entry in listed] == [f".oci/layers/models/0-{digest(LAYER)[7:19]}.tar", "a"]
+
+
+@pytest.mark.parametrize("directory", ["", "models", "opt/models"])
+def test_layers_are_found_with_the_directory_that_they_stand_for(directory: str) -> None:
+    rows = [row(LAYER, str(number)) for number in range(11)]
+    entries, _ = oci.entries(parsed(layers=rows), Digest.parse(digest("m")), 1, directory)
+    found, paths = oci.layers_in(reversed([entry.path for entry in entries] + ["a", ".oci/x"]))
+    assert found == directory
+    assert [path.rpartition("-")[2] for path in paths] == [
+        f"{digest(str(number))[7:19]}.tar" for number in range(11)
+    ]
+    assert oci.layers_in(["a", ".oci/manifest.json"]) == ("", [])
+
+
 def test_versions_are_digests_and_times_are_stable() -> None:
     noted = {PATH: "a", METADATA: '{"name": "a", "mtime": "2025-06-01T12:00:00.123456789Z"}'}
     layers = [row("x/raw", "a", noted), row("x/raw", "b", {PATH: "b", METADATA: "{"})]
     created = {"org.opencontainers.image.created": "2024-01-01T00:00:00Z"}
-    found = oci.entries(parsed(layers=layers, annotations=created), Digest.parse(digest("m")), 1)
+    found, _ = oci.entries(parsed(layers=layers, annotations=created), Digest.parse(digest("m")), 1)
     assert [(entry.version, entry.mtime) for entry in found[1:]] == [
         (digest("a"), 1748779200.123456),
         (digest("b"), 1704067200.0),
     ]
+
+
+@pytest.mark.parametrize("directory", ["", "models"])
+def test_no_file_passes_for_a_layer(directory: str) -> None:
+    path = f"{directory}/.oci/layers/0-x.tar".removeprefix("/")
+    listed, rejected = oci.entries(
+        parsed(layers=[row("x/raw", "a", {PATH: path})]), Digest.parse(digest("m")), 1, directory
+    )
+    assert oci.layers_in(entry.path for entry in listed) == ("", [])
+    assert [path for path, _ in rejected] == [".oci/layers/0-x.tar"]
 
 
 def test_a_file_that_is_there_twice_is_listed_once() -> None:
