@@ -116,7 +116,7 @@ def apply(tree: dict[str, Entry], layer: list[Entry]) -> None:
             drop(directory, itself=False)
         elif name.startswith(".wh."):
             drop(f"{directory}/{name[4:]}".lstrip("/"))
-    for entry in layer:
+    for entry in sorted(layer, key=lambda entry: entry.path):
         if not entry.path.rpartition("/")[2].startswith(".wh."):
             if entry.kind != "directory" or tree.get(entry.path, entry).kind != "directory":
                 drop(entry.path)
