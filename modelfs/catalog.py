@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import trio
@@ -21,7 +22,7 @@ from modelfs.fetch.planner import following
 from modelfs.fetch.reader import Reader
 from modelfs.fetch.scrub import Subject, subjects_in
 from modelfs.fetch.source import Source, retrying
-from modelfs.layouts import Holder, arrange, artifacts, repository
+from modelfs.layouts import Holder, arrange, artifact, artifacts, repository
 from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
 from modelfs.namespaces import NAMESPACES, Names, Organisations, Repositories, path_in, permits
@@ -463,9 +464,12 @@ class Catalog:
     def _past(self, model: Model, inos: set[int]) -> list[Node]:
         """Return those files of the snapshot before the present one that have these numbers."""
         past = self._snapshots.past(model.source.identity)
-        entries = past.entries.values() if past else ()
-        nodes = (leaf(model.name, entry, model) for entry in entries if entry.kind != "directory")
-        return [node for node in nodes if node.ino in inos]
+        if past is None:
+            return []
+        entries = (entry for entry in past.entries.values() if entry.kind != "directory")
+        plain = (leaf(model.name, entry, model) for entry in entries)
+        packed = (node for _, node in artifact(model, model.source.url, past))
+        return [node for node in chain(plain, packed) if node.ino in inos]
 
     async def _remember_found(self) -> None:
         """Note what was found on demand, for a successor."""

@@ -68,7 +68,7 @@ class Faces:
         if kept.hidden and not kept.listing.totals.files:
             log.warning("%s: nothing is shown: its filters hide all %d files", name, kept.hidden)
         held = kept if self._lock is None else self._lock.hold(name, kept)
-        return with_latest(held, face.latest, marked).packed()
+        return with_latest(held.packed(), face.latest, marked).packed()
 
     async def is_for_ollama(self, source: Source, snapshot: Snapshot, *, offline: bool = False) -> bool:
         """Return whether `snapshot` is an artifact as Ollama packs them, under a name that Ollama can say.

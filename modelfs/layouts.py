@@ -6,7 +6,7 @@ model: what is cached for one is cached for the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from modelfs.tree import Folder, Node, Text, grow, inode, leaf
@@ -15,6 +15,8 @@ from modelfs.views import ollama
 from modelfs.views.hub import Revision, absent, commit_of, refs
 
 M = TypeVar("M")
+
+_OLLAMA = f"{ollama.PLACE}/models"
 
 
 class Holder(NamedTuple, Generic[M]):
@@ -80,18 +82,23 @@ def repository(path: str, holders: Sequence[Holder[M]]) -> Folder:
     return arrange(path, nodes)
 
 
-def artifacts(held: Sequence[tuple[M, str, Snapshot]]) -> Folder:
+def artifacts(held: Iterable[tuple[M, str, Snapshot]]) -> Folder:
     """Return the directory of Ollama's models, as `modelfs.views.ollama` describes it.
 
     Args:
         held: models, each with the canonical URL of its store and what is shown of it.
 
     """
-    path = f"{ollama.PLACE}/models"
-    nodes: dict[str, Node] = {ollama.EMPTY: Folder(inode(f"{path}/{ollama.EMPTY}", "", "path"))}
-    for model, url, snapshot in held:
-        manifest = ollama.manifest_of(url)
-        if manifest is not None:
-            for place, entry in ((manifest, snapshot.entries[ollama.MANIFEST]), *ollama.blobs(snapshot)):
-                nodes.setdefault(place, leaf(f"{path}/{place}", entry, model))
-    return arrange(path, nodes)
+    nodes: dict[str, Node] = {ollama.EMPTY: Folder(inode(f"{_OLLAMA}/{ollama.EMPTY}", "", "path"))}
+    for each in held:
+        for place, node in artifact(*each):
+            nodes.setdefault(place, node)
+    return arrange(_OLLAMA, nodes)
+
+
+def artifact(model: M, url: str, snapshot: Snapshot) -> Iterator[tuple[str, Node]]:
+    """Yield what is shown of one model in the directory that `artifacts` returns, with its path there."""
+    place, manifest = ollama.manifest_of(url), snapshot.entries.get(ollama.MANIFEST)
+    if place is not None and manifest is not None:
+        for name, entry in ((place, manifest), *ollama.blobs(snapshot)):
+            yield name, leaf(f"{_OLLAMA}/{name}", entry, model)

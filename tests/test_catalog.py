@@ -18,11 +18,13 @@ from modelfs.catalog import Catalog
 from modelfs.errors import Unavailable
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
+from modelfs.lockfile import Lock, LockedModel
 from modelfs.metrics import Metrics
 from modelfs.stores import Options, entry_in
 from modelfs.tree import Directory, File, Node, Tree
 from modelfs.types import BLOCK, Digest, Entry, Location, Snapshot
 from modelfs.views import Face
+from modelfs.views.filters import filtered
 
 
 class Shelf:
@@ -55,6 +57,7 @@ async def catalog(
     limit: int | None = None,
     pinned: frozenset[str] = frozenset(),
     face: Face | None = None,
+    lock: Lock | None = None,
 ) -> AsyncIterator[tuple[Catalog, Cache]]:
     """A started catalog with one model for each of `stores`."""
     metrics = Metrics()
@@ -68,7 +71,7 @@ async def catalog(
     try:
         async with trio.open_nursery() as nursery:
             fetcher = Fetcher(nursery, cache, client, metrics)
-            own = Catalog(Tree(), cache, fetcher, metrics, lambda url: {}, lambda changes: None)
+            own = Catalog(Tree(), cache, fetcher, metrics, lambda url: {}, lambda changes: None, lock)
             for name in stores:
                 own.add(name, name, {}, pinned=name in pinned, face=face)
             await own.start(nursery, keep_going=True)
@@ -206,6 +209,26 @@ def test_globs_hold_for_a_store_too_large_to_list(tmp_path: Path, monkeypatch: p
             assert await own.find(directory, "a.bin") is None
             assert isinstance(await own.find(directory, "a.json"), File)
             assert await content(own, "m", "sub", "a.json") == b"{}"
+
+    run(test)
+
+
+def test_a_locked_model_may_change_where_it_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    face = Face(exclude=("*.md",))
+    store = Shelf("memory://m", {"v1.0/w": b"1", "README.md": b"old"})
+
+    async def test() -> None:
+        locked = LockedModel.of(filtered(face, await store.snapshot()))
+        lock = Lock(tmp_path / "lock", {"m": locked})
+        store.files = {"v1.0/w": b"1", "README.md": b"newer"}
+        async with catalog(tmp_path / "cache", monkeypatch, {"m": store}, face=face, lock=lock) as (own, _):
+            assert own.models["m"].why is None
+            assert set(cast("Any", node_at(own, "m")).children) == {"v1.0", "latest"}
+            store.files = {"v1.0/w": b"22"}
+            await own.refresh("m")
+            assert "v1.0/w: expected 1 byte" in (own.models["m"].why or "")
 
     run(test)
 

@@ -18,6 +18,7 @@ from modelfs.errors import CacheLocked, ConfigError, NotLocked, StoreError
 from modelfs.lockfile import Lock, LockedModel, Pinned
 from modelfs.metrics import Metrics
 from modelfs.types import BLOCK, Digest, Entry, Snapshot
+from modelfs.views import Face
 from tests.origin import Origin
 
 A, B = Digest("sha256", "a" * 64), Digest("sha256", "b" * 64)
@@ -216,6 +217,13 @@ def test_without_downloads_versions_are_pinned_and_no_cache_is_touched(
     assert files["small.json"].version
     assert origin.contents() == []
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_filters_hide_is_not_locked(tmp_path: Path, origin: Origin) -> None:
+    all_of_it = settings(tmp_path, origin)
+    model = replace(all_of_it.models[0], face=Face(exclude=("big.bin",), formats="production"))
+    lock = direct.lock(replace(all_of_it, models=(model,)), lambda line: None, download=False)
+    assert set(lock.models["m"].files) == set(origin.files) - {"big.bin"}
 
 
 def test_what_cannot_be_locked_is_told_with_its_name(tmp_path: Path, origin: Origin) -> None:

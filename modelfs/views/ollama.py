@@ -23,7 +23,7 @@ EMPTY = "manifests-v2"
 MANIFEST = ".oci/manifest.json"
 """Entry of an artifact that holds its manifest."""
 
-_MODEL = "application/vnd.ollama.image.model"
+_KIND = "application/vnd.ollama.image."
 _URL = re.compile(
     r"oci://(?P<host>[^/@]+)/(?:(?P<namespace>[^/@:]+)/)?(?P<model>[^/@:]+)(?::(?P<tag>[^/@:]+))?(?:@.+)?"
 )
@@ -45,8 +45,8 @@ def is_artifact(manifest: str) -> bool:
     """Return whether a manifest is of a model as Ollama packs them."""
     try:
         layers = json.loads(manifest)["layers"]
-        return any(layer["mediaType"] == _MODEL for layer in layers)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return any(layer["mediaType"].startswith(_KIND) for layer in layers)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -86,12 +86,12 @@ def by_name(mount: Mounted, home: Path, **more: str) -> Mapping[str, str]:
     }
 
 
-@pytest.mark.parametrize(
-    ("user", "names"), [(None, SOURCES), ("nobody", SOURCES[:1])], ids=["root", "nobody"]
-)
+@pytest.mark.parametrize("user", [None, "nobody"], ids=["root", "nobody"])
 def test_unmodified_libraries_load_by_name(
-    mount: Mounted, minilm: Path, user: str | None, names: tuple[str, ...]
+    mount: Mounted, minilm: Path, transport: str, user: str | None
 ) -> None:
+    # Where the bytes come from is one thing, who reads them and how another: not every pair is tried.
+    names = SOURCES if transport == "kernel" and user is None else SOURCES[:1]
     with open_directory() as home:
         if user:
             shutil.chown(home, user)
