@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl docker-registry skopeo
+# Azure Blob Storage for the tests; the development packages bring the node that runs it.
+AZURITE := azurite@3.35.0
 
 .PHONY: help demo test check bench chaos storm clean
 
@@ -19,10 +21,11 @@ help:  ## this list
 	fi
 	@touch $@
 
-.venv/.ready: .venv/.system pyproject.toml
+.venv/.ready: .venv/.system Makefile pyproject.toml
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	@echo "installing modelfs and its development packages into .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/azurite $(AZURITE)
 	@touch $@
 
 demo: .venv/.ready  ## real models from S3 and a Hub, mounted on ./models and loaded; KEEP=1 leaves them mounted

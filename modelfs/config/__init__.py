@@ -43,7 +43,7 @@ from modelfs.config.values import (
     quoted,
 )
 from modelfs.errors import ConfigError
-from modelfs.stores import known_schemes, open_store, scheme_of, spelled
+from modelfs.stores import is_known, known_schemes, open_store, scheme_of, spelled
 from modelfs.stores.file import path_of
 from modelfs.types import PicklePolicy, path_fault
 from modelfs.views import Face, hub, ollama
@@ -392,7 +392,7 @@ def _stores(document: Mapped) -> dict[str, tuple[dict[str, Any], str]]:
             scheme, prefix = scheme_of(written), _normal(written)
         except ConfigError as error:
             raise ConfigError(f"{place}: stores: {error}") from None
-        if scheme not in known_schemes():
+        if not is_known(scheme):
             hint = meant(scheme, known_schemes()) or f"; known are {', '.join(known_schemes())}"
             raise ConfigError(f"{place}: stores: unknown scheme {scheme}://{hint}")
         if prefix in found:

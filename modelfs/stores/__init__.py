@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
@@ -65,7 +66,9 @@ class Factory(Protocol):
 
 
 SCHEMES: Mapping[str, str] = {
+    "az": "modelfs.stores.az:AzureStore",
     "file": "modelfs.stores.file:FileStore",
+    "gs": "modelfs.stores.gs:GoogleStore",
     "http": "modelfs.stores.http:HttpStore",
     "https": "modelfs.stores.http:HttpStore",
     "s3": "modelfs.stores.s3:S3Store",
@@ -75,7 +78,10 @@ SCHEMES: Mapping[str, str] = {
     "mock": "modelfs.stores.mock:MockStore",
     "mlflow": "modelfs.stores.mlflow:MlflowStore",
 }
-"""Scheme → ``module:class``, imported when first used so that a daemon pays only for what it mounts."""
+"""Scheme → ``module:class``, imported when first used so that a daemon pays only for what it mounts.
+
+A scheme that ends in ``+`` stands for all that begin with it.
+"""
 
 SPELLINGS: Mapping[str, str] = {"models:/": "mlflow://models/", "runs:/": "mlflow://runs/"}
 """How other tools write the URLs of their models → how we do."""
@@ -133,6 +139,11 @@ def known_schemes() -> list[str]:
     return sorted({*SCHEMES, *(point.name for point in importlib.metadata.entry_points(group=GROUP))})
 
 
+def is_known(scheme: str) -> bool:
+    """Return whether `open_store` accepts URLs of `scheme`."""
+    return scheme in known_schemes() or _family(scheme) in SCHEMES
+
+
 def open_store(url: str, options: Options | None = None) -> Store:
     """Return the store that `url` names.
 
@@ -144,8 +155,8 @@ def open_store(url: str, options: Options | None = None) -> Store:
 
 
 def _factory(scheme: str) -> Factory:
-    if scheme in SCHEMES:
-        module, _, name = SCHEMES[scheme].partition(":")
+    if place := SCHEMES.get(scheme) or SCHEMES.get(_family(scheme)):
+        module, _, name = place.partition(":")
         factory: Factory = getattr(importlib.import_module(module), name)
         return factory
     for point in importlib.metadata.entry_points(group=GROUP, name=scheme):
@@ -155,6 +166,28 @@ def _factory(scheme: str) -> Factory:
             raise ConfigError(f"the store {scheme}:// ({point.value}) cannot be loaded: {error}") from error
         return loaded
     raise ConfigError(f"unknown scheme {scheme}://: known are {', '.join(known_schemes())}")
+
+
+def _family(scheme: str) -> str:
+    """Return the beginning of `scheme` up to its first ``+``, which ends the name; "" if it has none."""
+    first, plus, rest = scheme.partition("+")
+    return first + plus if rest else ""
+
+
+def require(extra: str, *modules: str) -> None:
+    """Return if what the optional dependencies `extra` bring can be imported; nothing is imported here.
+
+    Raises:
+        ConfigError: naming the extra.
+
+    """
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # a package that it is in
+            found = None
+        if found is None:
+            raise ConfigError(f"this store needs {module}: install it with pip install 'modelfs[{extra}]'")
 
 
 def entry_in(snapshot: Snapshot, path: str) -> Entry:
