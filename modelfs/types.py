@@ -7,7 +7,7 @@ half-open.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Literal
@@ -190,7 +190,8 @@ class Location:
     """Where the bytes of one entry can be had by range reads, for a while.
 
     Attributes:
-        url: ``http(s)://`` (possibly signed: a secret), ``file://`` or ``data:`` (RFC 2397, tiny content).
+        url: ``http(s)://`` (possibly signed: a secret), ``file://`` or ``data:`` (RFC 2397, tiny content);
+            with a `reader` of any other scheme, and without secrets.
         headers: to be sent with each request; may hold secrets.
         expires: when the signature or token runs out, seconds since the epoch; None if never.
         etag: strong validator that the answer must carry and ``If-Match`` asks for; None if there is none.
@@ -198,6 +199,8 @@ class Location:
         digest: of the content, if the store tells it only here (S3 checksums).
         token: for ``file://``: ``dev:inode:size:mtime_ns`` that the file must still have.
         public: the store is on the Internet and chose the URL: it must not lead to a private address.
+        reader: of bytes that no URL leads to: returns those of a span, all of them and of the pinned version.
+            It blocks, is called by several threads at once, and raises StoreErrors only.
 
     `url` and `headers` stay out of `repr`: they hold secrets.
     """
@@ -210,6 +213,7 @@ class Location:
     digest: Digest | None = None
     token: str | None = None
     public: bool = False
+    reader: Callable[[Span], bytes] | None = field(default=None, repr=False)
 
     @classmethod
     def inline(cls, data: bytes) -> Location:

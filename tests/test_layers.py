@@ -39,6 +39,8 @@ ONLY_IN = {
     "boto3": {"stores/aws.py"},
     "botocore": {"stores/aws.py"},
     "huggingface_hub": {"stores/hf.py"},
+    "fsspec": {"stores/fsspec.py", "stores/sftp.py"},
+    "paramiko": {"stores/sftp.py"},
     "google": {"stores/gs.py"},
     "azure": {"stores/az.py"},
     "pycurl": {"fetch/curl.py"},

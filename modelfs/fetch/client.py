@@ -28,6 +28,7 @@ from modelfs.fetch.answer import ascii_url, origin_of
 from modelfs.fetch.curl import Connection, Curl, Options, options
 from modelfs.fetch.exchange import Exchange
 from modelfs.fetch.guard import Guard, Pace, Sink, in_thread
+from modelfs.fetch.library import read_by
 from modelfs.fetch.local import read_data, read_file
 from modelfs.fetch.plain import Plain, is_plain
 from modelfs.fetch.sockets import Sockets
@@ -49,7 +50,7 @@ _CA_BUNDLES = (
 
 
 class RangeClient:
-    """Fetches spans over HTTP(S), from files and from data URLs, at most `connections` at once.
+    """Fetches spans over HTTP(S), from files, data URLs and readers, at most `connections` at once.
 
     Proxies are those of the usual environment variables. Use it as an asynchronous context manager or call
     `close`.
@@ -151,6 +152,9 @@ class RangeClient:
                         await in_thread(partial(read_file, location, span, size, guard), guard.abort)
                     case "data":
                         await in_thread(partial(read_data, location, span, size, guard), guard.abort)
+                    case _ if location.reader is not None:
+                        place = redact(location.url)
+                        await read_by(location.reader, place, span, guard, self._stall_timeout)
                     case _:
                         place = redact(location.url)
                         raise BadAnswer(f"{place}: bytes come from http, https, file and data URLs only")

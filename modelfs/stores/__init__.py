@@ -68,6 +68,7 @@ class Factory(Protocol):
 SCHEMES: Mapping[str, str] = {
     "az": "modelfs.stores.az:AzureStore",
     "file": "modelfs.stores.file:FileStore",
+    "fsspec+": "modelfs.stores.fsspec:FsspecStore",
     "gs": "modelfs.stores.gs:GoogleStore",
     "http": "modelfs.stores.http:HttpStore",
     "https": "modelfs.stores.http:HttpStore",

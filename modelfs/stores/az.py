@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale, StoreError, Unavailable
 from modelfs.stores import Options, checked_options, redact, require
@@ -161,7 +161,9 @@ class _Container:
         connection = self._connection
         if connection is None or connection.settings != settings:
             anonymous = bool(self._options.get("anonymous"))
-            connection = self._connection = _connect(self._account, self._name, settings, anonymous)
+            connection = self._connection = _connect(
+                self._url, self._account, self._name, settings, anonymous
+            )
         return connection
 
 
@@ -180,7 +182,7 @@ class _Connection:
         """Return URL and headers for reads of a blob, and when they run out: in `seconds` if signed here."""
         from azure.storage.blob import generate_blob_sas
 
-        url = self.client.get_blob_client(key, version_id=version).url
+        query = [f"versionid={quote(version)}"] if version else []
         signature, expires = self.settings.sas, _end_of(self.settings.sas)
         if self.settings.key:
             expires = time.time() + seconds
@@ -194,7 +196,10 @@ class _Connection:
                 version_id=version,
             )
         if signature:
-            return f"{url}{'&' if '?' in url else '?'}{signature}", {}, expires
+            query.append(signature)
+        url = "?".join(filter(None, (self.client.get_blob_client(key).url, "&".join(query))))
+        if signature:
+            return url, {}, expires
         if self.identity is None:
             return url, {}, None
         token = self.identity.get_token(_AUDIENCE)
@@ -202,7 +207,7 @@ class _Connection:
         return url, headers, float(token.expires_on)
 
 
-def _connect(account: str, container: str, settings: _Settings, anonymous: bool) -> _Connection:
+def _connect(where: str, account: str, container: str, settings: _Settings, anonymous: bool) -> _Connection:
     from azure.core.credentials import AzureSasCredential
     from azure.identity import DefaultAzureCredential
     from azure.storage.blob import ContainerClient
@@ -213,6 +218,8 @@ def _connect(account: str, container: str, settings: _Settings, anonymous: bool)
         credential = {"account_name": account, "account_key": settings.key}
     elif settings.sas:
         credential = AzureSasCredential(settings.sas)
+    elif not anonymous and not settings.endpoint.startswith("https:"):
+        raise AccessDenied(f"{where}: a token is sent over https only: set key or sas_token, or anonymous")
     elif not anonymous:
         credential = identity = DefaultAzureCredential()
     client = ContainerClient(

@@ -150,7 +150,7 @@ def _connect(endpoint: str, anonymous: bool, stamp: object) -> _Connection:
 
     credentials: Any
     if anonymous:
-        credentials = AnonymousCredentials()
+        credentials = AnonymousCredentials()  # type: ignore[no-untyped-call]
     else:
         credentials, _ = google.auth.default(scopes=[_SCOPE])
     client = Client(project=None, credentials=credentials, client_options={"api_endpoint": endpoint})

@@ -72,9 +72,12 @@ async def read_span(location: Location, span: Span) -> bytes:
         return b""
     scheme = urlsplit(location.url).scheme
     readers = {"data": _read_data, "file": _read_file, "http": _read_http, "https": _read_http}
-    if scheme not in readers:
-        raise BadAnswer(f"a location must be http(s)://, file:// or data:, not {scheme!r}")
-    data = await readers[scheme](location, span)
+    if scheme in readers:
+        data = await readers[scheme](location, span)
+    elif location.reader is not None:
+        data = await trio.to_thread.run_sync(location.reader, span)
+    else:
+        raise BadAnswer(f"a location must be http(s)://, file:// or data:, or have a reader, not {scheme!r}")
     if len(data) != len(span):
         raise BadAnswer(f"{len(data)} bytes came instead of the {len(span)} at offset {span.start}")
     return data

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
+import trustme
+from azure.core.exceptions import ClientAuthenticationError
+from azure.identity import DefaultAzureCredential
 
 from modelfs.errors import AccessDenied, ConfigError, NotFound, Stale, StoreError
 from modelfs.stores import identity_of, open_store
 from modelfs.testing import read_span
 from modelfs.types import Digest, Entry, Snapshot, Span
 from tests.stores.azurite import ACCOUNT, CONTAINER, KEY, Azure, azurite
+from tests.stores.scripted import scripted as scripted_list
 from tests.stores.site import Reply, Request, scripted
 
 MODEL = f"az://{ACCOUNT}/{CONTAINER}/bert"
@@ -123,32 +128,34 @@ def test_an_identity_reads_with_its_token(monkeypatch: pytest.MonkeyPatch, tmp_p
     for name in ("CLIENT_ID", "TENANT_ID", "CLIENT_SECRET", "FEDERATED_TOKEN_FILE"):
         monkeypatch.delenv(f"AZURE_{name}", raising=False)
     monkeypatch.setenv("AZURE_CONFIG_DIR", str(tmp_path))
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
     end = int(time.time()) + 7200
-
-    def metadata(request: Request) -> Reply:
-        token = {"access_token": "s3cr3t", "expires_in": 7200, "expires_on": end, "token_type": "Bearer"}
-        return Reply(
-            200, {"Connection": "close", "Content-Type": "application/json"}, json.dumps(token).encode()
-        )
-
-    def blob(request: Request) -> Reply:
-        if request.headers.get("authorization") != "Bearer s3cr3t" or not request.headers.get("x-ms-version"):
-            return Reply(403)
-        headers = {"Connection": "close", "ETag": '"0x1"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
-        return Reply(200, headers, b"content")
-
-    with scripted(metadata) as (identity, _), scripted(blob) as (url, _):
+    token = {"access_token": "s3cr3t", "expires_in": 7200, "expires_on": end, "token_type": "Bearer"}
+    properties = {"ETag": '"0x1"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT", "Content-Length": "7"}
+    with scripted_list() as (identity, tokens), scripted_list(context) as (url, blobs):
+        tokens.append((200, {"Content-Type": "application/json"}, json.dumps(token).encode()))
+        blobs.append((200, properties, b"content"))
         monkeypatch.setenv("AZURE_POD_IDENTITY_AUTHORITY_HOST", identity)
-        store = open_store(MODEL, {"endpoint": url})
-        location = trio.run(store.locate, Entry("a", 7, "0x1"))
-        assert location.expires == end
-        assert trio.run(read_span, location, Span(0, 7)) == b"content"
-        assert "s3cr3t" not in repr(location)
+        location = trio.run(open_store(MODEL, {"endpoint": url}).locate, Entry("a", 7, "0x1"))
+    assert location.url == f"{url}/models/bert/a"
+    assert location.headers["authorization"] == "Bearer s3cr3t"
+    assert location.headers["x-ms-version"]
+    assert location.expires == pytest.approx(end, abs=60)
+    assert "s3cr3t" not in repr(location)
+
+
+def test_a_token_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AZURE_CONFIG_DIR", str(tmp_path))
+    with pytest.raises(AccessDenied, match="over https only"):
+        snapshot(MODEL, endpoint="http://127.0.0.1:9")
 
 
 def test_an_overwritten_blob_is_read_by_its_version_where_the_account_keeps_them() -> None:
     row = (
-        "<Blob><Name>bert/a</Name><VersionId>{version}</VersionId><Properties><Etag>{etag}</Etag>"
+        "<Blob><Name>bert/a</Name><VersionId>{version}</VersionId><Properties><BlobType>BlockBlob</BlobType><Etag>{etag}</Etag>"
         "<Content-Length>7</Content-Length><Last-Modified>Wed, 21 Oct 2015 07:28:00 GMT</Last-Modified>"
         "</Properties></Blob>"
     )
@@ -179,9 +186,6 @@ def test_an_overwritten_blob_is_read_by_its_version_where_the_account_keeps_them
 def test_without_credentials_the_message_says_how_to_have_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from azure.core.exceptions import ClientAuthenticationError
-    from azure.identity import DefaultAzureCredential
-
     def refuse(*arguments: object, **more: object) -> None:
         raise ClientAuthenticationError("DefaultAzureCredential failed: s3cret")
 
