@@ -233,7 +233,10 @@ class _Children(Mapping[str, Node]):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A name in a directory that no longer means what the kernel may remember."""
+    """A name in a directory that no longer means what the kernel may remember.
+
+    Without a `name` it is the directory itself that has another time or number of subdirectories.
+    """
 
     parent: int
     name: str
@@ -278,14 +281,17 @@ def difference(name: str, before: Listing, after: Listing) -> list[Change]:
     for text in {*before.lines}.symmetric_difference(after.lines):
         line = Line.parse(text)
         kinds.setdefault(line.path, set()).add(line.is_directory)
-    # Two lines of a directory: only its time, or the number of directories in it, is another.
     both = {path for path in kinds if before.line(path) and after.line(path)}
-    changed = [path for path, kind in kinds.items() if path and not (kind == {True} and path in both)]
+    itself = {path for path, kind in kinds.items() if kind == {True} and path in both}
+    changed = [path for path in kinds if path and path not in itself]
     moved = {path for path in changed if True in kinds[path]}
     return [
-        Change(inode(name, parent, "directory"), last)
-        for parent, _, last in (path.rpartition("/") for path in sorted(changed))
-        if parent not in moved
+        *(
+            Change(inode(name, parent, "directory"), last)
+            for parent, _, last in (path.rpartition("/") for path in sorted(changed))
+            if parent not in moved
+        ),
+        *(Change(inode(name, path, "directory"), "") for path in sorted(itself)),
     ]
 
 

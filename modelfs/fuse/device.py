@@ -233,8 +233,8 @@ class Device:
         try:
             os.write(self._fd, notice)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the kernel knows no such name
-                log.warning("a name could not be invalidated: %s", error.strerror)
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the kernel knows nothing of it
+                log.warning("a name or inode could not be invalidated: %s", error.strerror)
 
 
 def open_device() -> int:

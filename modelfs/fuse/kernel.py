@@ -542,7 +542,11 @@ class Transport:
         Cancelled, it leaves the thread to itself: closing the device ends it.
         """
         for change in changes:
-            notice = wire.inval_entry(change.parent, os.fsencode(change.name))
+            notice = (
+                wire.inval_entry(change.parent, os.fsencode(change.name))
+                if change.name
+                else wire.inval_attributes(change.parent)
+            )
             await trio.to_thread.run_sync(
                 self._device.notify, notice, limiter=self._notices, abandon_on_cancel=True
             )

@@ -155,6 +155,7 @@ class Transport:
     passthrough = False
 
     def __init__(self, operations: Operations, mountpoint: Path, *, allow_other: bool) -> None:
+        self._notices = trio.CapacityLimiter(1)
         options = {"fsname=modelfs", "subtype=modelfs", "ro", "nosuid", "nodev", "default_permissions"}
         if allow_other:
             options.add("allow_other")
@@ -168,12 +169,13 @@ class Transport:
         await pyfuse3.main()
 
     async def invalidate(self, changes: Iterable[Change]) -> None:
-        """Make the kernel look up the changed names anew; waits in a thread of pyfuse3's own, not here."""
+        """Make the kernel look up the changed names anew; waits in a thread, not here.
+
+        The kernel needs the parent's lock for this, which a lookup there that waits for us may hold.
+        Cancelled, it leaves the thread to itself: the unmount ends it.
+        """
         for change in changes:
-            # The kernel needs the parent's lock for this, which a pending lookup there may hold: never wait.
-            parent, name = pyfuse3.InodeT(change.parent), pyfuse3.FileNameT(os.fsencode(change.name))
-            pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
-            await trio.lowlevel.checkpoint()
+            await trio.to_thread.run_sync(_invalidate, change, limiter=self._notices, abandon_on_cancel=True)
 
     def leave(self) -> None:
         """Do nothing: this mount ends with its process, so nobody asks."""
@@ -181,6 +183,19 @@ class Transport:
     def close(self, *, unmount: bool) -> None:
         """Give the session up, and unmount if that has not happened yet."""
         pyfuse3.close(unmount=unmount)
+
+
+def _invalidate(change: Change) -> None:
+    """Tell the kernel of one change; it may know nothing of it."""
+    parent, name = pyfuse3.InodeT(change.parent), pyfuse3.FileNameT(os.fsencode(change.name))
+    try:
+        if change.name:
+            pyfuse3.invalidate_entry(parent, name)
+        else:
+            pyfuse3.invalidate_inode(parent, attr_only=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            log.warning("a name or inode could not be invalidated: %s", error)
 
 
 def _remedy(allow_other: bool) -> str:

@@ -32,7 +32,7 @@ class Transport(Protocol):
         """Answer requests until the tree is unmounted or the caller is cancelled."""
 
     async def invalidate(self, changes: Iterable[Change]) -> None:
-        """Make the kernel look up the changed names anew."""
+        """Make the kernel look up the changed names anew; return when it will."""
 
     def leave(self) -> None:
         """Let `run` return once what was begun is answered, and leave the mount to a successor."""

@@ -91,6 +91,7 @@ class Opening(IntFlag):
     PASSTHROUGH = 1 << 7
 
 
+NOTIFY_INVAL_INODE = 2
 NOTIFY_INVAL_ENTRY = 3
 """Code of the notification that a name no longer means what it meant."""
 
@@ -112,6 +113,7 @@ _KSTATFS = Struct("=QQQQQIIII24x")
 _XATTR_OUT = Struct("=II")
 _LSEEK_OUT = Struct("=Q")
 _DIRENT = Struct("=QQII")
+_INVAL_INODE = Struct("=Qqq")
 _INVAL_ENTRY = Struct("=QII")
 _FORGET_ONE = Struct("=QQ")
 
@@ -390,6 +392,12 @@ def dirent(ino: int, following: int, mode: int, raw: bytes) -> bytes:
     """Return a ``struct fuse_dirent``: a name, its node's number and type, and where the next one is."""
     padding = -(_DIRENT.size + len(raw)) % 8
     return _DIRENT.pack(ino, following, len(raw), stat.S_IFMT(mode) >> 12) + raw + bytes(padding)
+
+
+def inval_attributes(node: int) -> bytes:
+    """Return the whole notification that the attributes of `node` must be asked for anew; its pages stay."""
+    body = _INVAL_INODE.pack(node, -1, 0)
+    return _OUT.pack(_OUT.size + len(body), NOTIFY_INVAL_INODE, 0) + body
 
 
 def inval_entry(parent: int, raw: bytes) -> bytes:

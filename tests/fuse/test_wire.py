@@ -118,6 +118,8 @@ def test_a_notification_says_its_length_and_its_code() -> None:
     length, code, unique = struct.unpack_from("=IiQ", raw)
     assert (length, code, unique) == (len(raw), wire.NOTIFY_INVAL_ENTRY, 0)
     assert raw.endswith(b"name\0")
+    raw = wire.inval_attributes(3)
+    assert struct.unpack("=IiQQqq", raw) == (len(raw), wire.NOTIFY_INVAL_INODE, 0, 3, -1, 0)
     assert struct.unpack("=IiQ", wire.resend()) == (16, wire.NOTIFY_RESEND, 0)
 
 
@@ -140,6 +142,7 @@ STRUCTURES = {
     "fuse_interrupt_in": wire.BODIES[Opcode.INTERRUPT].size,
     "fuse_lseek_in": wire.BODIES[Opcode.LSEEK].size,
     "fuse_notify_inval_entry_out": 16,
+    "fuse_notify_inval_inode_out": 24,
 }
 OUT = {
     "fuse_entry_out": wire.absent_out(1.0),
@@ -158,7 +161,10 @@ def test_the_layouts_are_those_of_the_c_header(tmp_path: Path) -> None:
     constants = {f"FUSE_{code.name}": int(code) for code in Opcode}
     constants |= {f"FOPEN_{flag.name}": int(flag) for flag in Opening}
     constants |= {f"FUSE_{flag.name}": int(flag) for flag in Init}
-    constants |= {"FUSE_NOTIFY_INVAL_ENTRY": wire.NOTIFY_INVAL_ENTRY}
+    constants |= {
+        "FUSE_NOTIFY_INVAL_ENTRY": wire.NOTIFY_INVAL_ENTRY,
+        "FUSE_NOTIFY_INVAL_INODE": wire.NOTIFY_INVAL_INODE,
+    }
     known = {name: value for name, value in constants.items() if re.search(rf"\b{name}\b", text)}
     assert len(known) > 40
     program = tmp_path / "layouts.c"

@@ -268,6 +268,20 @@ def test_new_opens_see_the_refreshed_version(place: Path, transport: str) -> Non
         assert errno_of(mount, "os.stat(sys.argv[1])", str(model / "gone.json")) == "ENOENT"
 
 
+def test_directories_have_the_times_and_links_of_what_is_shown(place: Path, transport: str) -> None:
+    with (
+        Origin({"sub/a.json": b"1"}) as origin,
+        mounted(place, "--refresh", "0", sources={"m": origin.url}, transport=transport) as mount,
+    ):
+        for name in ("", "sub"):
+            path = str(mount.path / "m" / name)
+            code = "import os,sys; p=sys.argv[1]; s=os.stat(p); print(s.st_nlink, s.st_mtime, len(os.listdir(p)))"
+            links, _, names = map(float, mount.python(code, path).split())
+            origin.files = {**origin.files, os.path.join(name, "new/b.json"): b"2"}
+            mount.cli("refresh", str(mount.path))
+            assert list(map(float, mount.python(code, path).split())) == [links + 1, 0, names + 1]
+
+
 def test_a_new_version_is_a_new_inode(place: Path, transport: str) -> None:
     with (
         Origin({"w.dat": b"1", "sub/same.dat": b"1"}) as origin,
