@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -316,7 +317,17 @@ class Catalog:
                 log.log(level, "%s: using the snapshot on disk, %s", model.name, why)
             self._show(model)
         if not patience:
+            self._changed(await self._untold(model))
             nursery.start_soon(resolve)
+
+    async def _untold(self, model: Model) -> list[Change]:
+        """Return what is new in the snapshot on disk: who saved it may have died before the kernel knew."""
+        past = await trio.to_thread.run_sync(self._snapshots.past, model.source.identity)
+        if past is None or model.snapshot is None:
+            return []
+        with contextlib.suppress(StoreError):  # then it is all names that were not shown as well
+            past = await self._faces.shown(model.name, model.source, model.face, past, offline=True)
+        return await trio.to_thread.run_sync(difference, model.name, past.listing, model.snapshot.listing)
 
     async def _resolve(self, model: Model, *, seconds: float) -> None:
         """Ask the store for a snapshot, and show it if it is new; retry failures for `seconds`."""

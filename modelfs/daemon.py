@@ -43,6 +43,9 @@ Ready = Callable[[dict[str, Any]], None]
 DRAIN_SECONDS = 10.0
 """How long open files are served after the daemon was asked to stop."""
 
+TOLD_SECONDS = 5.0
+"""How long a refresh waits until the kernel knows; a lookup that waits for a store may hold that up."""
+
 
 def run(settings: Settings, *, ready: Ready, held: Held | None = None) -> bool:
     """Mount, call `ready` when the tree answers, and serve until it is unmounted or SIGTERM or SIGINT comes.
@@ -137,6 +140,10 @@ class Daemon:
             settings.scrub,
         )
         self._tree = Tree()
+        self._early: list[Change] = []
+        """What was new before there was a transport: only who takes a mount over has to tell."""
+        self._untold: set[trio.Event] = set()
+        """One for each notice that the kernel is being given of what is new."""
         self._catalog = Catalog(
             self._tree,
             cache,
@@ -149,8 +156,19 @@ class Daemon:
         )
 
     def _invalidate(self, changes: list[Change]) -> None:
-        if self._transport is not None and changes:
-            self._nursery.start_soon(self._transport.invalidate, changes)
+        if self._transport is None:
+            self._early += changes
+        elif changes:
+            told = trio.Event()
+            self._untold.add(told)
+            self._nursery.start_soon(self._tell, self._transport, changes, told)
+
+    async def _tell(self, transport: Transport, changes: list[Change], told: trio.Event) -> None:
+        try:
+            await transport.invalidate(changes)
+        finally:
+            told.set()
+            self._untold.discard(told)
 
     async def serve(self, ready: Ready) -> bool:
         """Mount and serve until the end; see :func:`run`."""
@@ -176,6 +194,9 @@ class Daemon:
             cache=self._cache.directory,
             held=self._held,
         )
+        if self._succeeding:
+            self._invalidate([*self._early])
+        self._early.clear()
         log.info(
             "mounted on %s by %s (%s), modelfs %s, pid %d",
             self._place,
@@ -270,8 +291,12 @@ class Daemon:
             self._transport.leave()
 
     async def refresh(self, model: str | None) -> dict[str, Any]:
-        """Resolve one model, or all, now; return their status."""
-        return {"models": [await self._catalog.report(m) for m in await self._catalog.refresh(model)]}
+        """Resolve one model, or all, now; return their status once new opens see what is new."""
+        models = await self._catalog.refresh(model)
+        with trio.move_on_after(TOLD_SECONDS):
+            for told in list(self._untold):
+                await told.wait()
+        return {"models": [await self._catalog.report(found) for found in models]}
 
     def verification(self, model: str | None) -> Work:
         """Return what reads the cached content of `model`, or all of it, again; see `control.app.Daemon`."""

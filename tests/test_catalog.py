@@ -21,7 +21,7 @@ from modelfs.fetch.engine import Fetcher
 from modelfs.lockfile import Lock, LockedModel
 from modelfs.metrics import Metrics
 from modelfs.stores import Options, entry_in
-from modelfs.tree import Directory, File, Node, Tree
+from modelfs.tree import Change, Directory, File, Node, Tree
 from modelfs.types import BLOCK, Digest, Entry, Location, Snapshot
 from modelfs.views import Face
 from modelfs.views.filters import filtered
@@ -58,8 +58,12 @@ async def catalog(
     pinned: frozenset[str] = frozenset(),
     face: Face | None = None,
     lock: Lock | None = None,
+    told: list[Change] | None = None,
 ) -> AsyncIterator[tuple[Catalog, Cache]]:
-    """A started catalog with one model for each of `stores`."""
+    """A started catalog with one model for each of `stores`.
+
+    With `told` it takes a mount over, and that gets what it has the kernel look up anew.
+    """
     metrics = Metrics()
     cache = Cache(directory, limit=limit, metrics=metrics)
     client = RangeClient(metrics=metrics)
@@ -67,14 +71,18 @@ async def catalog(
     def opened(url: str, options: Options) -> Shelf:
         return stores[url]
 
+    def changed(changes: list[Change]) -> None:
+        if told is not None:
+            told.extend(changes)
+
     monkeypatch.setattr(modelfs.catalog, "open_store", opened)
     try:
         async with trio.open_nursery() as nursery:
             fetcher = Fetcher(nursery, cache, client, metrics)
-            own = Catalog(Tree(), cache, fetcher, metrics, lambda url: {}, lambda changes: None, lock)
+            own = Catalog(Tree(), cache, fetcher, metrics, lambda url: {}, changed, lock)
             for name in stores:
                 own.add(name, name, {}, pinned=name in pinned, face=face)
-            await own.start(nursery, keep_going=True)
+            await own.start(nursery, keep_going=True, at_once=told is not None)
             yield own, cache
             nursery.cancel_scope.cancel()
     finally:
@@ -286,5 +294,23 @@ def test_artifacts_for_ollama_are_laid_out_for_it(tmp_path: Path, monkeypatch: p
                 assert blob.ino != plain.ino
             for store in stores.values():
                 store.reachable = False
+
+    run(test)
+
+
+def test_who_takes_a_mount_over_tells_what_its_predecessor_may_not_have_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf("memory://m", {"d/old": b"1"})
+
+    async def test() -> None:
+        async with catalog(tmp_path, monkeypatch, {"m": shelf}) as (own, _):
+            shelf.files = {"d/new": b"22"}
+            await own.refresh()
+        # It had saved the new snapshot, and died before it could tell the kernel.
+        told: list[Change] = []
+        async with catalog(tmp_path, monkeypatch, {"m": shelf}, told=told) as (own, _):
+            directory = node_at(own, "m", "d").ino
+        assert {Change(directory, "old"), Change(directory, "new")} <= {*told}
 
     run(test)
