@@ -2,11 +2,11 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl docker-registry skopeo
+PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl fio docker-registry skopeo
 # Azure Blob Storage for the tests; the development packages bring the node that runs it.
 AZURITE := azurite@3.35.0
 
-.PHONY: help demo test check bench chaos storm clean
+.PHONY: help demo test check bench chaos storm reference clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ chaos: .venv/.ready  ## 200 SIGKILLs of the daemon under readers that compare ev
 
 storm: .venv/.ready  ## 10,000 faults of all kinds between every network store and its readers (5 minutes)
 	@$(BIN)/python -m tests.faults.storm $(ARGS)
+
+reference: .venv/.ready  ## thousands of random operations on real mounts, and on a dict (10 minutes, root)
+	@$(BIN)/python -m tests.mount.reference $(ARGS)
 
 clean:  ## remove what the other commands made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
