@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl fio docker-registry skopeo
+PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl fio docker-registry skopeo systemd
 # Azure Blob Storage for the tests; the development packages bring the node that runs it.
 AZURITE := azurite@3.35.0
 

@@ -1,0 +1,157 @@
+"""A real systemd, as the first process of a namespace, restarts the service under load."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from modelfs.fuse import mountpoint
+from tests.mount.conftest import place as place
+from tests.mount.harness import Mounted, alone, eventually, left_behind
+from tests.mount.test_handover import Readers
+from tests.mount.test_handover import origin as origin
+from tests.origin import Origin
+
+SYSTEMD = Path("/lib/systemd/systemd")
+
+UNSHARE = [
+    "unshare",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount",
+    "--mount-proc",
+    "--propagation",
+    "unchanged",
+]
+
+BOOT = """
+for mounted in $(cut -d' ' -f5 /proc/self/mountinfo); do
+  case "$mounted" in "$SHARED"*) ;; *) mount --make-private "$mounted" || true ;; esac
+done
+mount -t tmpfs tmpfs /run
+exec {systemd} --system --log-target=console --show-status=no
+"""
+"""Keeps what systemd mounts to its namespace, but for what is below $SHARED, as a host does for its pods."""
+
+UNIT = """
+[Unit]
+DefaultDependencies=no
+[Service]
+Type=notify
+Environment={environment}
+ExecStart={python} -m modelfs mount {path} --foreground --transport=kernel --cache-dir={place}/cache {words}
+StandardOutput=append:{place}/service.log
+StandardError=append:{place}/service.log
+FileDescriptorStoreMax=8
+Restart=on-failure
+RestartSec=100ms
+TimeoutStartSec=2min
+"""
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/fuse") or not SYSTEMD.exists(),
+    reason="needs root, /dev/fuse and systemd",
+)
+
+
+class Systemd:
+    """A manager of its own for the units of one directory."""
+
+    def __init__(self, place: Path) -> None:
+        self.units = place / "units"
+        self.units.mkdir()
+        (self.units / "default.target").write_text("[Unit]\nDefaultDependencies=no\n")
+        self._log = (place / "systemd.log").open("wb")
+        self._process = subprocess.Popen(
+            [*UNSHARE, "sh", "-c", BOOT.format(systemd=SYSTEMD)],
+            env={
+                "PATH": os.environ["PATH"],
+                "container": "modelfs-test",
+                "SYSTEMD_UNIT_PATH": str(self.units),
+                "SHARED": str(place),
+            },
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    def ctl(self, *words: str, check: bool = True) -> str:
+        """Run systemctl; return what it printed."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        if not children:
+            return ""
+        inside = ["nsenter", "--target", children[0], "--mount", "--pid"]
+        done = subprocess.run([*inside, "systemctl", *words], check=check, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def close(self) -> None:
+        """Kill it, and with it all that is in its namespace."""
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+@contextmanager
+def shared(place: Path) -> Iterator[None]:
+    """Let what is mounted below `place` be seen in all namespaces that are made from this one."""
+    subprocess.run(["mount", "--bind", place, place], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", place], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.fixture
+def systemd(place: Path) -> Iterator[Systemd]:
+    with shared(place):
+        manager = Systemd(place)
+        try:
+            eventually(lambda: manager.ctl("is-active", "default.target", check=False) == "active")
+            yield manager
+        finally:
+            manager.close()
+
+
+def test_systemctl_restart_under_load_fails_no_read(systemd: Systemd, place: Path, origin: Origin) -> None:
+    path = place / "models"
+    path.mkdir()
+    # $FDSTORE: what systemd sets from version 254 on.
+    variables = {**alone(place), "PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), "FDSTORE": "8"}
+    unit = UNIT.format(
+        environment=" ".join(f'"{name}={value}"' for name, value in variables.items()),
+        python=sys.executable,
+        path=path,
+        place=place,
+        words=f"--source=m={origin.url} --refresh=0",
+    )
+    (systemd.units / "modelfs.service").write_text(unit)
+    systemd.ctl("daemon-reload")
+    systemd.ctl("start", "modelfs")
+    mount = Mounted(path, place / "cache", place / "service.log", alone(place))
+    device = mountpoint.mount_at(path)
+    assert device is not None
+    kept = "NFileDescriptorStore"
+    assert systemd.ctl("show", "modelfs", "-p", kept) == f"{kept}=2"
+    with Readers(mount, origin, 4) as results:
+        for restarts in (1, 2):
+            systemd.ctl("restart", "modelfs")
+            assert mountpoint.mount_at(path) == device
+            assert mount.status()["handovers"] == restarts
+        # Not asked for, systemd does it by itself.
+        systemd.ctl("kill", "--signal=KILL", "--kill-who=all", "modelfs")
+        eventually(lambda: systemd.ctl("show", "modelfs", "-p", "NRestarts") == "NRestarts=1")
+        eventually(lambda: systemd.ctl("is-active", "modelfs", check=False) == "active")
+        assert mount.status()["handovers"] == 3
+    assert len(results) == 4
+    assert all(results)
+    assert mountpoint.mount_at(path) == device
+    mount.umount()
+    eventually(lambda: systemd.ctl("is-active", "modelfs", check=False) == "inactive")
+    assert left_behind(place) == []
