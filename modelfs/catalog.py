@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import trio
 
 from modelfs import __version__
+from modelfs.archives import Limits
 from modelfs.cache import Cache
 from modelfs.errors import BadAnswer, ConfigError, NotFound, StoreError
 from modelfs.faces import Faces
@@ -23,7 +24,9 @@ from modelfs.fetch.planner import following
 from modelfs.fetch.reader import Reader
 from modelfs.fetch.scrub import Subject, subjects_in
 from modelfs.fetch.source import Source, retrying
+from modelfs.fetch.unpack import Archive
 from modelfs.layouts import Holder, arrange, artifact, artifacts, repository
+from modelfs.listing import Line
 from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
 from modelfs.namespaces import NAMESPACES, Names, Organisations, Repositories, path_in, permits
@@ -48,6 +51,7 @@ from modelfs.tree import (
     numbers,
 )
 from modelfs.types import Entry, PicklePolicy, Snapshot, entry_fault
+from modelfs.unpacked import Archives, state
 from modelfs.views import Face, ollama
 from modelfs.views.filters import shows
 from modelfs.views.hub import PLACE, folder_of, repositories, revision_in
@@ -87,7 +91,8 @@ class Model:
         source: the store behind it.
         optional: the mount goes on without it.
         pinned: what is cached of it stays.
-        snapshot: what is shown now; None until it is resolved for the first time.
+        listed: what its face leaves of what its store has; None until it is resolved for the first time.
+        snapshot: what is shown of that now, with members in the place of their archives.
         state: see :data:`State`.
         why: why it is unavailable, or why the snapshot on disk is used.
         resolved_at: when `snapshot` was resolved, seconds since the epoch.
@@ -98,6 +103,7 @@ class Model:
         repositories: as which it is found in a Hub cache.
         before: what was shown before `snapshot`, of a model that is a repository.
         is_for_ollama: whether `snapshot` is an artifact that Ollama can run.
+        archives: those that are shown as directories, by path.
 
     """
 
@@ -116,6 +122,8 @@ class Model:
     repositories: tuple[str, ...] = ()
     before: Snapshot | None = None
     is_for_ollama: bool = False
+    listed: Snapshot | None = None
+    archives: Mapping[str, Archive] = field(default_factory=dict)
     lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -143,6 +151,7 @@ class Catalog:
         changed: called in the trio thread with the names that the kernel must look up anew.
         lock: what every model must be; None if they may be anything.
         pickles: what becomes of suspicious pickles in models that are found on demand.
+        limits: what no archive that is shown as a directory may exceed.
 
     """
 
@@ -156,6 +165,7 @@ class Catalog:
         changed: Callable[[list[Change]], None],
         lock: Lock | None = None,
         pickles: PicklePolicy = "allow",
+        limits: Limits | None = None,
     ) -> None:
         self.tree = tree
         self.models: dict[str, Model] = {}
@@ -169,6 +179,7 @@ class Catalog:
         self._pickles = pickles
         self._namespaces: list[str] = []
         self._screen = Screen(cache, fetcher)
+        self._archives = Archives(fetcher, cache, limits or Limits(), self._unpacked)
         self._absent: dict[tuple[int, str], float] = {}
         self._resolving: dict[tuple[int, str], trio.Lock] = {}
         self._slots = trio.CapacityLimiter(PARALLEL)
@@ -308,9 +319,10 @@ class Catalog:
             with trio.move_on_after(patience):
                 await settled.wait()
         if model.snapshot is None and saved is not None:
-            model.snapshot, model.resolved_at = saved
+            model.resolved_at = saved[1]
+            shown = await self._present(model, saved[0])
             model.offline, model.state = True, "ready"
-            await self._load_more(model, model.snapshot)
+            await self._load_more(model, shown)
             if patience:
                 why = model.why or "its store has yet to answer"
                 level = logging.WARNING if model.why else logging.INFO
@@ -337,12 +349,12 @@ class Catalog:
             self._metrics.resolutions.labels(model.source.scheme).inc()
             snapshot = await self._faces.shown(model.name, model.source, model.face, listed)
             model.is_for_ollama = await self._faces.is_for_ollama(model.source, snapshot)
-            known = model.snapshot
+            known = model.listed
             model.why, model.state, model.offline = None, "ready", False
             model.resolved_at = time.time()
             if known is None or known.revision != snapshot.revision or known.entries != snapshot.entries:
-                model.snapshot = snapshot
-                model.before = known if model.repositories else None
+                model.before = model.snapshot if model.repositories else None
+                await self._present(model, snapshot)
                 await self._save(model, listed)  # first: a successor must know what the kernel has seen
                 log.info(
                     "%s: %s at %s, %d entries",
@@ -351,11 +363,25 @@ class Catalog:
                     snapshot.revision,
                     len(snapshot.entries),
                 )
-                for path, reason in snapshot.rejected:
+                for path, reason in model.snapshot.rejected if model.snapshot else ():
                     log.warning("%s: %r is not shown: %s", model.name, path, reason)
                 self._show(model, await self._differing(model))
                 if model.pinned:
                     await self._pin()
+
+    async def _present(self, model: Model, snapshot: Snapshot) -> Snapshot:
+        """Have `snapshot` shown the next time, and return it, with what is known of its archives."""
+        shown, archives = await self._archives.unpacked(model.source, snapshot, model.face)
+        model.listed, model.snapshot, model.archives = snapshot, shown, archives
+        return shown
+
+    async def _unpacked(self, source: Source) -> None:
+        """Show what was found in an archive of `source`."""
+        for model in [model for model in self.models.values() if model.source is source]:
+            async with model.lock:
+                if model.listed is not None:
+                    await self._present(model, model.listed)
+                    self._show(model, await self._differing(model))
 
     async def _pin(self) -> None:
         """Keep what is cached of the pinned models, at the snapshots that are shown now, from eviction."""
@@ -396,7 +422,8 @@ class Catalog:
             own = {folder: repository(f"{model.name}/{folder}", holders) for folder in folders}
             node = arrange(model.name, own)
         else:
-            node = grow(model.name, model.snapshot, model)
+            pending = {path: archive for path, archive in model.archives.items() if not archive.done}
+            node = grow(model.name, model.snapshot, model, pending)
         changes = self.tree.put(tuple(model.name.split("/")), node, differing)
         for folder, name in folders.items():
             named = [other for other in self.models.values() if name in other.repositories]
@@ -511,6 +538,8 @@ class Catalog:
             StoreError: the store failed to say whether there is such a name.
 
         """
+        if isinstance(parent, Branch):
+            return await self._find_member(parent, name)
         if not isinstance(parent, Folder):
             return None
         if not isinstance(parent.resolver, _Entries):
@@ -575,9 +604,10 @@ class Catalog:
             if saved is None:
                 del self.models[path]
                 raise
-            model.snapshot, model.resolved_at = saved
+            model.resolved_at = saved[1]
+            shown = await self._present(model, saved[0])
             model.offline, model.state, model.why = True, "ready", str(error)
-            await self._load_more(model, model.snapshot)
+            await self._load_more(model, shown)
             self._show(model)
         await self._remember_found()
         return parent.children.get(name)
@@ -596,6 +626,21 @@ class Catalog:
         else:
             node = leaf(model.name, entry, model)
         return self.tree.adopt(parent, name, node)
+
+    async def _find_member(self, parent: Branch, name: str) -> Node | None:
+        archive: Archive | None = parent.resolver
+        entry = await archive.find(f"{parent.path}/{name}" if parent.path else name) if archive else None
+        return parent.shown.node(Line.of(entry)) if entry else None
+
+    async def complete(self, directory: Directory) -> None:
+        """Return when all names in `directory` are known.
+
+        Raises:
+            ModelfsError: they cannot be found out.
+
+        """
+        if isinstance(directory, Branch) and directory.resolver is not None:
+            await directory.resolver.finish()
 
     # -- contents --------------------------------------------------------------------------------------
 
@@ -670,6 +715,7 @@ class Catalog:
             "repositories": list(model.repositories),
             "pickles": model.pickles,
             "suspicious": {},
+            "archives": [state(archive) for archive in model.archives.values()],
             **sums,
         }
 

@@ -153,6 +153,7 @@ class Daemon:
             self._invalidate,
             Lock.read(settings.lock) if settings.locked else None,
             pickles=settings.pickles,
+            limits=settings.archives,
         )
 
     def _invalidate(self, changes: list[Change]) -> None:

@@ -16,7 +16,8 @@
         ├── Expired                 EIO  retry    the location's signature ran out: locate again
         ├── Unavailable             EIO  retry    network, time-out, 429, 5xx
         ├── BadAnswer               EIO  retry    the answer breaks the protocol (wrong range, short body)
-        └── Corrupt                 EIO           the bytes do not have the published digest
+        ├── Corrupt                 EIO           the bytes do not have the published digest
+        └── BadArchive              EIO           an archive that cannot be shown as a directory
 
 Messages are one line, name the place and end with what to do; they never hold a secret. Libraries'
 own exceptions are mapped to these where the library is called, and nowhere else.
@@ -125,6 +126,10 @@ class BadAnswer(StoreError):
 
 class Corrupt(StoreError):
     """The bytes that arrived are not those whose digest the store published."""
+
+
+class BadArchive(StoreError):
+    """An archive is damaged, truncated, or more than its limits allow: it cannot be shown as a directory."""
 
 
 def unwrapped(group: BaseExceptionGroup[BaseException]) -> BaseException:

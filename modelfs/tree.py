@@ -167,6 +167,15 @@ class Shown(Generic[M]):
     name: str
     model: M
     listing: Listing
+    pending: Mapping[str, Any] = field(default_factory=dict)
+    """Directories of which the listing does not say everything yet, each with what knows more."""
+
+    def resolver(self, path: str) -> Any:
+        """Return what knows more about the directory `path`; None if the listing says everything."""
+        for prefix, resolver in self.pending.items():
+            if not prefix or path == prefix or path.startswith(f"{prefix}/"):
+                return resolver
+        return None
 
     def node(self, line: Line) -> Node:
         """Return a node for what has this line."""
@@ -178,12 +187,15 @@ class Branch(Directory):
 
     __slots__ = ("ino", "path", "shown")
 
-    resolver = None
-
     def __init__(self, shown: Shown[Any], path: str) -> None:
         self.ino = inode(shown.name, path, "directory")
         self.shown = shown
         self.path = path
+
+    @property
+    def resolver(self) -> Any:
+        """What can find names that the listing does not have yet; None as a rule."""
+        return self.shown.resolver(self.path) if self.shown.pending else None
 
     @property
     def mtime(self) -> float:  # type: ignore[override]  # nobody sets it
@@ -251,12 +263,12 @@ def inode(*parts: str) -> int:
     return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little") >> 1 | 2
 
 
-def grow(name: str, snapshot: Snapshot, model: M) -> Branch:
-    """Return the directory that shows `snapshot` as the model `name`.
+def grow(name: str, snapshot: Snapshot, model: M, pending: Mapping[str, Any] | None = None) -> Branch:
+    """Return the directory that shows `snapshot` as the model `name`; `pending` is as of `Shown`.
 
     Directories carry the latest time of what is in them.
     """
-    return Branch(Shown(name, model, snapshot.listing), "")
+    return Branch(Shown(name, model, snapshot.listing, pending or {}), "")
 
 
 def leaf(name: str, entry: Entry, model: M) -> Node:
@@ -419,6 +431,7 @@ class Tree:
                     return []
                 case Branch(), Branch():
                     before, old.shown.listing = old.shown.listing, node.shown.listing
+                    old.shown.pending = node.shown.pending
                     parent.mtime = max(parent.mtime, node.mtime)
                     return (
                         difference(node.shown.name, before, node.shown.listing)

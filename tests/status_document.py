@@ -35,6 +35,7 @@ _DOCUMENT: dict[str, Any] = {
             "repositories": ["ProsusAI/finbert"],
             "pickles": "deny",
             "suspicious": {"pytorch_model.bin": "it imports posix.system"},
+            "archives": [],
         },
         {
             "name": "gone",
@@ -52,6 +53,7 @@ _DOCUMENT: dict[str, Any] = {
             "repositories": [],
             "pickles": "allow",
             "suspicious": {},
+            "archives": [],
         },
     ],
     "namespaces": ["hf"],

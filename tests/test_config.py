@@ -123,6 +123,10 @@ EXAMPLES: Mapping[str, tuple[str, Any]] = {
     "scrub": ("5MiB/s", 5 * 1024**2),
     "keep_going": ("true", True),
     "pickles": ("warn", "warn"),
+    "archives.members": ("7", 7),
+    "archives.size": ("2GiB", 2 * GiB),
+    "archives.ratio": ("9", 9),
+    "archives.depth": ("5", 5),
     "connections": ("3", 3),
     "locked": ("true", True),
     "lock": ("/k", Path("/k")),
@@ -140,7 +144,7 @@ def test_every_key_can_be_set_in_file_environment_and_flags(key: config.Key) -> 
     in_environment = loaded(MODEL, env={key.variable: text})
     by_flag = loaded(MODEL, flags={key.name: text})
     for settings in (in_file, in_environment, by_flag):
-        owner = settings.cache if section else settings
+        owner = getattr(settings, section) if section else settings
         found = getattr(owner, {"dir": "directory"}.get(name, name))
         assert found == value
         assert type(found) is type(value)
@@ -364,7 +368,7 @@ WRONG: Mapping[str, tuple[str | bytes, str]] = {
     "unknown key": ("\nmodles:\n", r"modelfs\.yaml:2: unknown key 'modles'; did you mean 'models'\?"),
     "unknown key, far off": (
         "xyzzy: 1",
-        r"modelfs\.yaml:1: unknown key 'xyzzy'; known are allow_other, cache",
+        r"modelfs\.yaml:1: unknown key 'xyzzy'; known are allow_other, archives, cache",
     ),
     "unknown cache key": (
         "cache:\n  sise: 1GiB\n",
@@ -616,6 +620,16 @@ def test_a_model_has_the_policy_for_pickles_of_the_mount_or_its_own() -> None:
         ConfigError, match=r"modelfs\.yaml:2: pickles: 'maybe' is not one of allow, warn, deny"
     ):
         loaded("models:\n  b: {source: file:///b, pickles: maybe}\n")
+
+
+def test_a_model_says_which_archives_are_directories() -> None:
+    text = "models:\n  a: file:///a\n  b: {source: file:///b, archives: true}\n"
+    text += "  c: {source: file:///c, archives: '*.zip'}\n  d: {source: file:///d, archives: [a.tar, b/*]}\n"
+    settings = loaded(text)
+    assert [m.face.archives for m in settings.models] == [None, True, ("*.zip",), ("a.tar", "b/*")]
+    assert config.Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    with pytest.raises(ConfigError, match=r"modelfs\.yaml:2: archives: '7' is neither true, false nor globs"):
+        loaded("models:\n  b: {source: file:///b, archives: 7}\n")
 
 
 def test_the_documented_settings_are_those_there_are() -> None:

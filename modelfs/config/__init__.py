@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from modelfs.archives import Limits
 from modelfs.config.document import (
     Mapped,
     mapping_at,
@@ -27,9 +28,11 @@ from modelfs.config.document import (
 from modelfs.config.values import (
     choice,
     meant,
+    parse_archives,
     parse_boolean,
     parse_cache_size,
     parse_connections,
+    parse_count,
     parse_deadline,
     parse_duration,
     parse_globs,
@@ -79,6 +82,8 @@ RESERVED = frozenset({*NAMESPACES, "github", "oci", "model-metadata.yaml", hub.P
 LOCK = "modelfs.lock"
 """Name of the lock file of whoever does not choose one, beside the configuration file."""
 
+_LIMITS = Limits()
+
 StoreOptions = Mapping[str, Mapping[str, Any]]
 """URL prefix → options of the stores under it."""
 
@@ -110,7 +115,7 @@ class ModelSettings:
     def from_json(cls, data: Mapping[str, Any]) -> ModelSettings:
         """Return the settings that `Settings.to_json` wrote of a model."""
         face = data.get("face", {})
-        globs = {name: tuple(face[name]) for name in ("include", "exclude") if name in face}
+        globs = {name: tuple(face[name]) for name in face if isinstance(face[name], list)}
         return cls(**{**data, "sources": tuple(data["sources"]), "face": Face(**{**face, **globs})})
 
 
@@ -147,6 +152,7 @@ class Settings:
         scrub: bytes per second at which the cache is read again in the background; 0 = never.
         keep_going: mount although models that are not optional cannot be resolved.
         pickles: what becomes of suspicious pickles in models that do not say it themselves.
+        archives: what no archive that is shown as a directory may exceed.
         connections: how many requests to stores run at once.
         locked: models must be what the lock says.
         lock: the lock file.
@@ -168,6 +174,7 @@ class Settings:
     scrub: int
     keep_going: bool
     pickles: PicklePolicy
+    archives: Limits
     connections: int
     locked: bool
     lock: Path
@@ -190,6 +197,7 @@ class Settings:
         data = {**defaults, "lock": LOCK, **data}
         cache = CacheSettings(**{**data["cache"], "directory": Path(data["cache"]["directory"])})
         models = tuple(map(ModelSettings.from_json, data["models"]))
+        data["archives"] = Limits(**data.get("archives", {}))
         paths = {name: None if data[name] is None else Path(data[name]) for name in _PATHS}
         given = {"cache": cache, "models": models, "namespaces": tuple(data["namespaces"])}
         return cls(**{**data, **given, **paths})
@@ -235,6 +243,10 @@ KEYS: tuple[Key, ...] = (
     Key("scrub", parse_rate, 20 * 1024**2, "how fast the cache is read again to find bad blocks, or off"),
     Key("keep_going", parse_boolean, False, "mount although some models cannot be resolved"),
     Key("pickles", parse_pickles, "allow", "what becomes of suspicious pickles: allow, warn or deny"),
+    Key("archives.members", parse_count, _LIMITS.members, "most members of an archive that is a directory"),
+    Key("archives.size", parse_size, _LIMITS.size, "most bytes of all members of such an archive"),
+    Key("archives.ratio", parse_count, _LIMITS.ratio, "most unpacked bytes for each packed one"),
+    Key("archives.depth", parse_count, _LIMITS.depth, "most components of a member's path"),
     Key("connections", parse_connections, 16, "requests to stores at once"),
     Key("locked", parse_boolean, False, "refuse models that are not what the lock says"),
     Key("lock", parse_path, None, "the lock that modelfs lock writes"),
@@ -247,6 +259,7 @@ _FACE: Mapping[str, Callable[[Any], Any]] = {
     "formats": choice("all", "production"),
     "latest": parse_text,
     "layout": choice("plain", "hub"),
+    "archives": parse_archives,
 }
 """Key of a model → reader, of what makes up its face."""
 _PATHS = ("mountpoint", "lock", "log_file", "source_file")
@@ -324,6 +337,7 @@ def load(
         models=models,
         namespaces=namespaces,
         store_options={prefix: options for prefix, (options, _) in stores.items()},
+        archives=Limits(**{name: values[f"archives.{name}"] for name in asdict(_LIMITS)}),
         source_file=file,
         **{key.name: values[key.name] for key in KEYS if "." not in key.name and key.name != "namespaces"},
     )

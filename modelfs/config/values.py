@@ -24,6 +24,35 @@ _SECONDS = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0, "d": 86400.0
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*", re.ASCII)
 
 
+def parse_archives(value: Any) -> bool | tuple[str, ...]:
+    """Return which archives are shown as directories: all, none, or those that fit one of some globs.
+
+    Raises:
+        ValueError: if `value` is none of these.
+
+    """
+    if isinstance(value, bool):
+        return value
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, list) or not all(isinstance(one, str) and one for one in patterns):
+        raise ValueError(f"{quoted(value)} is neither true, false nor globs: write it like ['data/*.zip']")
+    return tuple(patterns)
+
+
+def parse_count(value: Any) -> int:
+    """Return a whole number above zero.
+
+    Raises:
+        ValueError: if `value` is none.
+
+    """
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{quoted(value)} is not a whole number above zero")
+    return value
+
+
 def parse_size(value: Any) -> int:
     """Return a size in bytes: a whole number, or text like ``50GiB``, ``500MB``, ``20Gi``, ``20G``.
 

@@ -11,7 +11,7 @@ import trio
 from modelfs.cache import CacheObject, Verifier
 from modelfs.errors import Corrupt, ModelfsError
 from modelfs.fetch.planner import Priority, Step, Stream, plan
-from modelfs.fetch.source import Source
+from modelfs.fetch.source import Feed, Source
 from modelfs.types import Digest, Entry, Span, block_count, block_span
 
 PER_OBJECT = 12
@@ -54,6 +54,7 @@ class Flight:
         "attempt",
         "blocks",
         "buffer",
+        "connections",
         "error",
         "needs",
         "priority",
@@ -64,8 +65,9 @@ class Flight:
         "whole",
     )
 
-    def __init__(self, block: int, priority: Priority, parts: Iterable[Span]) -> None:
+    def __init__(self, block: int, priority: Priority, parts: Iterable[Span], connections: int = 1) -> None:
         self.blocks = range(block, block + 1)
+        self.connections = connections
         self.priority = priority
         self.ranges = [Range(part) for part in parts]
         self.needs: tuple[int, ...] = ()
@@ -130,6 +132,11 @@ class Download:
         self.closed = False
         self._shown = frozenset(block for block in self.blocks if cached.has(block))
         self._changed = trio.lowlevel.ParkingLot()
+
+    @property
+    def feed(self) -> Feed | None:
+        """What brings the bytes, if the range client does not: its flights take no connection."""
+        return self.source.feeds.get(self.entry.version)
 
     @property
     def blocks(self) -> range:

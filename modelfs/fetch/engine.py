@@ -117,6 +117,11 @@ class Fetcher:
         self.disk = trio.CapacityLimiter(16)
 
     @property
+    def nursery(self) -> trio.Nursery:
+        """Where work of the fetch path runs that outlives those who asked for it."""
+        return self._nursery
+
+    @property
     def in_flight(self) -> int:
         """How many data requests are under way."""
         return self._active
@@ -265,18 +270,23 @@ class Fetcher:
                 if self._start_steps(download, priority):
                     self._downloads.move_to_end(key)
 
-    def _room(self, priority: Priority) -> int:
-        return 0 if self._closing else self._connections - RESERVED[priority] - self._active
+    def _room(self, priority: Priority, download: Download | None = None) -> int:
+        """Return how many flights may start, of `download` or of anything."""
+        if self._closing:
+            return 0
+        if download is not None and download.feed is not None:
+            return PER_OBJECT  # they wait for flights of another object, and must not be in their way
+        return self._connections - RESERVED[priority] - self._active
 
     def _start_steps(self, download: Download, priority: Priority) -> bool:
         """Start what `download` needs at `priority` or more urgently; return whether anything started."""
         now = trio.current_time()
         started = False
-        if self._room(priority) <= 0 or (priority and now < self._disk_paused_until):
+        if self._room(priority, download) <= 0 or (priority and now < self._disk_paused_until):
             return started
         for step in download.steps(now):
             full = step.priority and len(download.flights) >= PER_OBJECT
-            if full or step.priority > priority or self._room(priority) <= 0:
+            if full or step.priority > priority or self._room(priority, download) <= 0:
                 break
             self._start(download, step)
             started = True
@@ -292,13 +302,14 @@ class Fetcher:
         return waited or self._active <= self._connections - RESERVED[Priority.READAHEAD]
 
     def _start(self, download: Download, step: Step) -> None:
+        connections = 1 if download.feed is None else 0
         if step.block in download.flights:
-            flight = Flight(step.block, step.priority, [download.piece(step.block)])
+            flight = Flight(step.block, step.priority, [download.piece(step.block)], connections)
             download.express[step.block] = flight
         else:
-            flight = Flight(step.block, step.priority, download.parts(step.block))
+            flight = Flight(step.block, step.priority, download.parts(step.block), connections)
             download.flights[step.block] = flight
-        self._active += 1
+        self._active += flight.connections
         self._nursery.start_soon(self._fly, download, flight)
         if not self._watching:
             self._watching = True
@@ -322,7 +333,7 @@ class Fetcher:
             self._closing = True  # not by the flight's own scope: all flights end, none may begin
             raise
         finally:
-            self._active -= 1
+            self._active -= flight.connections
             for flights in (download.flights, download.express):
                 for block in flight.blocks:
                     if flights.get(block) is flight:
@@ -355,7 +366,9 @@ class Fetcher:
                     seen[flight] = flight.done, now
                     moved = True
                 elif (
-                    any(block in download.demand for block in flight.blocks) and now - since >= STILL_SECONDS
+                    flight.connections
+                    and any(block in download.demand for block in flight.blocks)
+                    and now - since >= STILL_SECONDS
                 ):
                     still.append(flight)
             for flight in still if moved else ():

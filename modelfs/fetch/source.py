@@ -7,14 +7,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from hashlib import sha256
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import trio
 
 from modelfs.errors import StoreError, Unavailable
+from modelfs.fetch.guard import Sink
 from modelfs.metrics import Metrics
 from modelfs.stores import Store, identity_of, scheme_of
-from modelfs.types import Digest, Entry, Location
+from modelfs.types import Digest, Entry, Location, Span
 
 MARGIN = 30.0
 """Seconds before a location expires at which it is no longer handed out: a block must fit in."""
@@ -77,8 +78,23 @@ def digest_in(key: str) -> Digest | None:
     return Digest("sha256", value) if algorithm == "sha256" else None
 
 
+class Feed(Protocol):
+    """What brings the bytes of entries that are not at the store as they are: members of an archive."""
+
+    async def locate(self, entry: Entry) -> Location:
+        """Return a location of `entry` that is good for `fetch`."""
+
+    async def fetch(
+        self, location: Location, span: Span, size: int, sink: Sink, *, ranged: bool = True
+    ) -> None:
+        """Do what ``RangeClient.fetch`` does."""
+
+
 class Source:
     """One store, with the locations it gave.
+
+    Attributes:
+        feeds: by the version of the entries that each of them brings.
 
     All methods belong to the trio thread. Cancelling a call that is locating leaves other callers alone.
     """
@@ -88,6 +104,7 @@ class Source:
         self.url = store.url
         self.identity = identity_of(store)
         self.scheme = scheme_of(store.url)
+        self.feeds: dict[str, Feed] = {}
         self._metrics = metrics
         self._locations: OrderedDict[tuple[str, str], Location] = OrderedDict()
         self._locks: dict[tuple[str, str], trio.Lock] = {}
@@ -99,6 +116,9 @@ class Source:
             StoreError: from the store's ``locate``.
 
         """
+        feed = self.feeds.get(entry.version)
+        if feed is not None:
+            return await feed.locate(entry)
         key = (entry.path, entry.version)
         lock = self._locks.setdefault(key, trio.Lock())
         try:

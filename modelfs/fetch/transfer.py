@@ -139,8 +139,9 @@ class Transfer:
         sink = _Sink(self, download, flight, part)
         # Cancelled by who sees that other connections are faster: the rest is asked for on another one.
         with trio.CancelScope() as flight.attempt:
+            feed = download.feed or self._client
             ranged = not download.no_ranges
-            await self._client.fetch(location, part.rest, download.entry.size, sink, ranged=ranged)
+            await feed.fetch(location, part.rest, download.entry.size, sink, ranged=ranged)
 
     async def _recover(
         self,

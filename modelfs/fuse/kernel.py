@@ -384,9 +384,16 @@ class Transport:
         self._ops.releasedir(handle)
         self._ledger.close(handle)
 
-    def _readdir(self, request: Request) -> Reply:
+    def _readdir(self, request: Request) -> Outcome:
         handle, start, room, *_ = wire.fields(request.opcode, request.body)
-        plus = request.opcode == Opcode.READDIRPLUS
+        page = partial(self._page, handle, start, room, plus=request.opcode == Opcode.READDIRPLUS)
+        return page() if self._ops.lists_now(handle) else self._readdir_later(handle, page)
+
+    async def _readdir_later(self, handle: int, page: Callable[[], Reply]) -> Reply:
+        await self._ops.list_later(handle)
+        return page()
+
+    def _page(self, handle: int, start: int, room: int, *, plus: bool) -> Reply:
         parts: list[bytes] = []
         known: list[tuple[int, int]] = []
         for listed in self._ops.readdir(handle, start):

@@ -22,7 +22,7 @@ from modelfs.catalog import Catalog
 from modelfs.errors import ModelfsError
 from modelfs.fetch.reader import Buffer, Reader
 from modelfs.metrics import Metrics
-from modelfs.tree import Directory, File, Link, Names, Node, Text, Tree
+from modelfs.tree import Branch, Directory, File, Link, Names, Node, Text, Tree
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Operations:
         self._tree = tree
         self._catalog = catalog
         self._handles: dict[int, Reader | bytes] = {}
-        self._listings: dict[int, Names] = {}
+        self._listings: dict[int, Names | Directory] = {}
         self._numbers = count(first)
         self.owner = (os.getuid(), os.getgid())
 
@@ -279,7 +279,7 @@ class Operations:
 
     @answering
     def opendir(self, ino: int) -> int:
-        """Open a directory; what it lists stays as it is now until it is closed."""
+        """Open a directory; what it lists stays as it is when it is first listed until it is closed."""
         handle = next(self._numbers)
         self.adopt_directory(ino, handle)
         return handle
@@ -287,7 +287,22 @@ class Operations:
     @answering
     def adopt_directory(self, ino: int, handle: int) -> None:
         """Open a directory under the handle that an earlier daemon gave it."""
-        self._listings[handle] = self._directory(ino).names()
+        directory = self._directory(ino)
+        waits = isinstance(directory, Branch) and directory.resolver is not None
+        self._listings[handle] = directory if waits else directory.names()
+
+    @answering
+    def lists_now(self, handle: int) -> bool:
+        """Return whether `readdir` can answer; otherwise `list_later` has to be waited for."""
+        return not isinstance(self._listings.get(handle), Directory)
+
+    @answering_later
+    async def list_later(self, handle: int) -> None:
+        """Wait until all names of an open directory are known, as they are not of an archive at first."""
+        directory = self._listings.get(handle)
+        if isinstance(directory, Directory):
+            await self._catalog.complete(directory)
+            self._listings[handle] = directory.names()
 
     @answering
     def readdir(self, handle: int, start: int) -> Iterator[Listed]:
@@ -296,7 +311,7 @@ class Operations:
         They are made as they are asked for.
         """
         listing = self._listings.get(handle)
-        if listing is None:
+        if listing is None or isinstance(listing, Directory):
             raise OSError(errno.ESTALE, f"no handle {handle}")
         page = islice(listing(start), PAGE)
         return (Listed(name, self.attributes(node), node, place) for name, node, place in page)

@@ -108,6 +108,7 @@ class _Adapter(pyfuse3.Operations):
 
     @_fuse
     async def readdir(self, fh: Any, start_id: int, token: Any) -> None:
+        await self._ops.list_later(fh)
         for listed in self._ops.readdir(fh, start_id):
             name = pyfuse3.FileNameT(os.fsencode(listed.name))
             if not pyfuse3.readdir_reply(token, name, self._attr(listed.attributes), listed.next):

@@ -20,6 +20,8 @@ class Face:
         include: globs, as of `filters.filtered`; empty shows everything.
         exclude: globs of what is not shown, even if it is included.
         formats: see :data:`Formats`.
+        archives: which archives are shown as directories: all, none, or those whose path or name fits a glob;
+            None for the one that the source itself is.
         latest: the directory that the link ``latest`` leads to; None to find it out.
         layout: see :data:`Layout`.
 
@@ -29,4 +31,5 @@ class Face:
     exclude: tuple[str, ...] = ()
     formats: Formats = "all"
     latest: str | None = None
+    archives: bool | tuple[str, ...] | None = None
     layout: Layout = "plain"
