@@ -9,6 +9,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import trio
 import trustme
@@ -25,6 +26,8 @@ from modelfs.testing.hub import TOKEN, HubServer
 from modelfs.testing.s3 import KEY_ID, REGION, SECRET, S3Server
 from modelfs.types import Entry
 from tests.origin import Origin
+from tests.stores.registry import Repository
+from tests.stores.site import scripted
 
 STORES = ("http", "https", "s3", "hf", "hf-plain")
 """Kinds of stores; of the Hub's files those in LFS, behind signed links, and those that are not."""
@@ -41,7 +44,7 @@ def noise(size: int, seed: str) -> bytes:
 
 
 class Site:
-    """The same files in an HTTP server, an S3 and a Hub, each with their digests; reached through proxies."""
+    """The same files in an HTTP server, an S3, a Hub and a registry; reached through proxies."""
 
     def __init__(self, directory: Path, files: Mapping[str, bytes]) -> None:
         self.files = files
@@ -65,6 +68,12 @@ class Site:
             file = self._directory / str(number)
             file.write_bytes(data)
             self.s3.put_file("models", path, file)
+        pushed = Repository("team/model")
+        raw = "application/vnd.cncf.model.weight.v1.raw"
+        note = "org.cncf.model.filepath"
+        pushed.manifest("v1", [pushed.blob(data, raw, {note: f"m/{p}"}) for p, data in self.files.items()])
+        registry, _ = self._servers.enter_context(scripted(pushed.answer))
+        self.registry = registry.rstrip("/")
         (self._directory / "token").write_text(TOKEN)
         self.sign_with(KEY_ID, SECRET)
         return self
@@ -84,6 +93,7 @@ class Site:
             "AWS_SHARED_CREDENTIALS_FILE": str(self._directory / "credentials"),
             "AWS_CONFIG_FILE": str(self._directory / "none"),
             "AWS_EC2_METADATA_DISABLED": "true",
+            "DOCKER_CONFIG": str(self._directory / "none"),
             "NETRC": str(self._directory / "none"),
         }
 
@@ -95,7 +105,8 @@ class Site:
 
     def upstream(self, kind: str) -> str:
         """Return the URL of the server that stores of that kind ask."""
-        return {"s3": self.s3.url, "ht": self.origin.url, "hf": self.hub.url}[kind[:2]]
+        urls = {"s3": self.s3.url, "ht": self.origin.url, "hf": self.hub.url, "oc": self.registry}
+        return urls[kind[:2]]
 
     def store(self, kind: str, url: str) -> Store:
         """Return the store of that kind at `url`."""
@@ -107,6 +118,9 @@ class Site:
             case "hf" | "hf-plain":
                 options = {"endpoint": url, "token_file": str(self._directory / "token")}
                 return open_store("hf://org/name" if kind == "hf" else "hf://org/plain", options)
+            case "oci":
+                options = {"insecure": url.startswith("http:"), "timeout": 5, "path": "m"}
+                return open_store(f"oci://{urlsplit(url).netloc}/team/model:v1", options)
             case _:
                 options = {"ca_bundle": self.ca_bundle, "timeout": 5}
                 return open_store(f"{url.replace('://', '://user:pa55word@')}/", options)

@@ -15,9 +15,9 @@ from modelfs.testing.faults import Fault, FaultProxy, Plan
 from modelfs.types import Snapshot
 from tests.faults.rig import SECRETS, Site, noise
 
-STORES = ("http", "s3", "hf")
+STORES = ("http", "s3", "hf", "oci")
 FILES = {"config.json": b"{}", "sub/model.bin": noise(5000, "model")}
-STRUCK = {"http": 0, "s3": 0, "hf": 1}
+STRUCK = {"http": 0, "s3": 0, "hf": 1, "oci": 1}
 """Which request is struck when it is only one: the one whose answer is the listing."""
 
 METADATA = Fault("redirect", target="http://169.254.169.254/latest/meta-data/")
