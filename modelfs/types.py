@@ -7,10 +7,10 @@ half-open.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from modelfs.digest import Algorithm as Algorithm
 from modelfs.digest import Digest as Digest
@@ -201,6 +201,8 @@ class Location:
         public: the store is on the Internet and chose the URL: it must not lead to a private address.
         reader: of bytes that no URL leads to: returns those of a span, all of them and of the pinned version.
             It blocks, is called by several threads at once, and raises StoreErrors only.
+        parts: of content that lies in several places, one behind the other: size and location of each.
+            Then only they say where the bytes are; build it with `joined`.
 
     `url` and `headers` stay out of `repr`: they hold secrets.
     """
@@ -214,8 +216,50 @@ class Location:
     token: str | None = None
     public: bool = False
     reader: Callable[[Span], bytes] | None = field(default=None, repr=False)
+    parts: tuple[tuple[int, Location], ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Iterable[tuple[int, Location]]) -> Location:
+        """Return the location of what lies in `parts`, at least one; it expires with the first of them."""
+        parts = tuple(parts)
+        ends = [part.expires for _, part in parts if part.expires is not None]
+        return cls(parts[0][1].url, expires=min(ends, default=None), parts=parts)
+
+    def pieces(self, span: Span, size: int) -> Iterator[Piece]:
+        """Yield where the bytes of `span` are, in order, of an object of `size` bytes.
+
+        Raises:
+            ValueError: the parts are not `size` bytes together.
+
+        """
+        parts = self.parts or ((size, self),)
+        if sum(length for length, _ in parts) != size:
+            raise ValueError(f"parts of {sum(length for length, _ in parts)} bytes instead of {size}")
+        offset = 0
+        for length, place in parts:
+            found = span & Span(offset, offset + length)
+            if found:
+                yield Piece(place, offset, Span(found.start - offset, found.stop - offset), length)
+            offset += length
 
     @classmethod
     def inline(cls, data: bytes) -> Location:
         """Return the location of tiny content that travels in the URL itself (RFC 2397)."""
         return cls("data:application/octet-stream;base64," + base64.b64encode(data).decode())
+
+
+class Piece(NamedTuple):
+    """What one place has of a span.
+
+    Attributes:
+        location: the place; it has no parts itself.
+        offset: where in the object its first byte belongs.
+        span: the bytes there, counted from the place's own first byte.
+        size: of everything at the place.
+
+    """
+
+    location: Location
+    offset: int
+    span: Span
+    size: int

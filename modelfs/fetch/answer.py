@@ -107,8 +107,8 @@ def accept(
 def failure(place: str, status: int, headers: Mapping[str, str], location: Location) -> StoreError:
     """Return the error that a status other than success and redirection stands for."""
     place = f"{place}: HTTP {status}"
-    if location.expires is not None and status in (400, 401, 403):
-        # S3 answers 400 ExpiredToken when the session that signed has ended.
+    if location.expires is not None and status in (400, 401, 403, 618):
+        # S3 answers 400 ExpiredToken when the session that signed has ended, GitHub "618 jwt:expired".
         return Expired(f"{place}: the signed location is no longer accepted; it is asked for again")
     match status:
         case 401 | 403:

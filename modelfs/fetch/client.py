@@ -28,6 +28,7 @@ from modelfs.fetch.answer import ascii_url, origin_of
 from modelfs.fetch.curl import Connection, Curl, Options, options
 from modelfs.fetch.exchange import Exchange
 from modelfs.fetch.guard import Guard, Pace, Sink, in_thread
+from modelfs.fetch.joint import Joint
 from modelfs.fetch.library import read_by
 from modelfs.fetch.local import read_data, read_file
 from modelfs.fetch.plain import Plain, is_plain
@@ -35,7 +36,7 @@ from modelfs.fetch.sockets import Sockets
 from modelfs.metrics import Metrics
 from modelfs.stores import redact
 from modelfs.stores.reach import Reach
-from modelfs.types import Location, Span
+from modelfs.types import Location, Piece, Span
 
 __all__ = ["RangeClient", "Sink"]
 
@@ -121,11 +122,14 @@ class RangeClient:
     ) -> None:
         """Fetch `span` of the object of `size` bytes at `location` into `sink`, in one attempt.
 
-        An empty span needs no request and calls nothing. A server that refuses the range (400, 416, 501) is
-        asked for the whole; one that is known to send none is not asked for one (`ranged`). Redirects are
-        followed, but to no address nearer than that of who redirects (`modelfs.stores.reach`), and
-        `location.headers` are sent to the host of `location.url` only. When this returns the sink has all
-        bytes that it was announced; when it raises, a prefix of them, each of them of the pinned version.
+        An empty span needs no request and calls nothing; one that lies in several parts needs one for each,
+        one after the other, and each part's server has to honour ranges. Any other server that refuses the
+        range (400, 416, 501) is asked for the whole; one that is known to send none is not asked for one
+        (`ranged`). Redirects are followed, but to no address nearer than that of who redirects
+        (`modelfs.stores.reach`), and `location.headers` are sent to the host of `location.url` only.
+
+        When this returns the sink has all bytes that it was announced; when it raises, a prefix of them, each
+        of them of the pinned version.
 
         Cancelled, it aborts the transfer at once, even one whose server is silent, and the sink is not
         called afterwards.
@@ -141,23 +145,36 @@ class RangeClient:
         """
         if not span:
             return
-        scheme = location.url.partition(":")[0].lower()
+        try:
+            pieces = list(location.pieces(span, size))
+        except ValueError as error:
+            raise BadAnswer(f"{redact(location.url)}: {error}: refresh the model") from error
         async with self._limiter:
-            with self._measured(scheme):
-                guard = Guard(sink, self._metrics.fetched_bytes.labels(scheme), self._pace)
-                match scheme:
-                    case "http" | "https":
-                        await self._fetch_http(location, span, size, guard, ranged)
-                    case "file":
-                        await in_thread(partial(read_file, location, span, size, guard), guard.abort)
-                    case "data":
-                        await in_thread(partial(read_data, location, span, size, guard), guard.abort)
-                    case _ if location.reader is not None:
-                        place = redact(location.url)
-                        await read_by(location.reader, place, span, guard, self._stall_timeout)
-                    case _:
-                        place = redact(location.url)
-                        raise BadAnswer(f"{place}: bytes come from http, https, file and data URLs only")
+            if not location.parts:
+                await self._fetch_piece(pieces[0], sink, ranged)
+                return
+            joint = Joint(sink, span)
+            for piece in pieces:
+                await self._fetch_piece(piece, joint.part(piece), ranged)
+
+    async def _fetch_piece(self, piece: Piece, sink: Sink, ranged: bool) -> None:
+        location, _, span, size = piece
+        scheme = location.url.partition(":")[0].lower()
+        with self._measured(scheme):
+            guard = Guard(sink, self._metrics.fetched_bytes.labels(scheme), self._pace)
+            match scheme:
+                case "http" | "https":
+                    await self._fetch_http(location, span, size, guard, ranged)
+                case "file":
+                    await in_thread(partial(read_file, location, span, size, guard), guard.abort)
+                case "data":
+                    await in_thread(partial(read_data, location, span, size, guard), guard.abort)
+                case _ if location.reader is not None:
+                    place = redact(location.url)
+                    await read_by(location.reader, place, span, guard, self._stall_timeout)
+                case _:
+                    place = redact(location.url)
+                    raise BadAnswer(f"{place}: bytes come from http, https, file and data URLs only")
 
     async def _fetch_http(
         self, location: Location, span: Span, size: int, guard: Guard, ranged: bool

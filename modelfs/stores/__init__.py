@@ -76,6 +76,7 @@ SCHEMES: Mapping[str, str] = {
     "hf": "modelfs.stores.hf:HubStore",
     "oci": "modelfs.stores.oci:OciStore",
     "docker": "modelfs.stores.oci:OciStore",
+    "github": "modelfs.stores.github:GitHubStore",
     "mock": "modelfs.stores.mock:MockStore",
     "mlflow": "modelfs.stores.mlflow:MlflowStore",
 }

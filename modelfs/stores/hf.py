@@ -11,7 +11,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,6 +20,7 @@ from modelfs import __version__
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale, StoreError, Unavailable
 from modelfs.stores import Options, checked_options, entry_in, redact
 from modelfs.stores.reach import Reach, allowed, resolved_reach
+from modelfs.stores.tokens import read_token
 from modelfs.stores.web import LINK_LIFE, link_expiry
 from modelfs.types import Digest, Entry, Location, Snapshot, path_fault
 
@@ -280,13 +280,7 @@ class HubStore:
         """Return the token of the configured file; None leaves it to huggingface_hub."""
         if self._token_file is None:
             return None
-        try:
-            token = Path(self._token_file).read_text().strip()
-        except (OSError, ValueError) as error:
-            raise AccessDenied(f"{self.url}: token_file {self._token_file} cannot be read") from error
-        if not token.isascii() or not token.isprintable() or not token:
-            raise AccessDenied(f"{self.url}: token_file {self._token_file} holds no token")
-        return token
+        return read_token(self._token_file, self.url)
 
     async def _in_thread(self, verb: Callable[..., T], *arguments: Any) -> T:
         def ask() -> T:

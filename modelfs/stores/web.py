@@ -10,6 +10,7 @@ import base64
 import email.utils
 import errno
 import functools
+import json
 import netrc
 import os
 import re
@@ -29,9 +30,13 @@ import trio
 from modelfs import __version__
 from modelfs.errors import AccessDenied, BadAnswer, NotFound, StoreError, Unavailable
 from modelfs.stores import redact
-from modelfs.stores.reach import Reach, allowed, peer_reach, written_reach
+from modelfs.stores.reach import Reach, allowed, leads, peer_reach, written_reach
+from modelfs.types import Location
 
 MAX_REDIRECTS = 10
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+MAX_REASON = 16 * 1024
+"""Bytes of a failure's body that are read."""
 AT_ONCE = 16
 """Requests in flight while one snapshot is made."""
 
@@ -42,6 +47,7 @@ LINK_LIFE = 600.0
 LEAST_LIFE = 30.0
 """Seconds that any location is used at least."""
 
+_RESOLVERS = trio.CapacityLimiter(8)
 _STRONG = re.compile(r'"[!#-~]+"')
 _WEAK = re.compile(r'W/"[!#-~]+"')
 
@@ -54,7 +60,7 @@ class Answer:
         url: that answered, after redirects; may hold secrets.
         status: of HTTP.
         headers: of the answer.
-        body: empty unless it was asked for.
+        body: empty unless it was asked for; of a failure its beginning.
 
     """
 
@@ -98,15 +104,23 @@ class Web:
         headers: sent with every request to the origin; secrets.
         tls: whom to trust.
         timeout: seconds that one request, redirects and body included, may take.
+        refused: says what an answer other than success means; `failure` by default.
 
     """
 
     def __init__(
-        self, origin: str, headers: Mapping[str, str], *, tls: ssl.SSLContext, timeout: float
+        self,
+        origin: str,
+        headers: Mapping[str, str],
+        *,
+        tls: ssl.SSLContext,
+        timeout: float,
+        refused: Callable[[Answer, str], StoreError] | None = None,
     ) -> None:
         self._origin = _origin(httpx.URL(origin))
         self._headers = headers
         self._timeout = timeout
+        self._failure = refused or failure
         self._client = httpx.AsyncClient(
             verify=tls,
             timeout=None,  # noqa: S113  # `ask` sets one deadline over all phases
@@ -120,17 +134,53 @@ class Web:
     async def __aexit__(self, *exception: object) -> None:
         await self._client.aclose()
 
-    async def get(self, url: str, limit: int) -> Answer:
-        """Return the successful answer to a GET.
+    async def get(self, url: str, limit: int, fields: Mapping[str, str] | None = None) -> Answer:
+        """Return the successful answer to a GET; that is 304 too if `fields` make it conditional.
 
         Raises:
             StoreError: the body is longer than `limit` bytes, or the server or the network failed.
 
         """
-        answer = await self.ask("GET", url, limit)
-        if answer.status != 200:
-            raise failure(answer, url)
+        answer = await self.ask("GET", url, limit, fields=fields)
+        if answer.status != 200 and (answer.status != 304 or "if-none-match" not in (fields or {})):
+            raise self._failure(answer, url)
         return answer
+
+    async def location(
+        self, url: str, fields: Mapping[str, str] | None = None, life: float | None = None
+    ) -> Location:
+        """Return where a GET leads: the signed link on another origin, which is not asked for anything.
+
+        A server that answers with the content itself, which is not read, is the location, with its headers.
+
+        Args:
+            url: of the origin.
+            fields: further header fields, no secrets.
+            life: seconds that a location is used if it does not tell when it ends, LINK_LIFE by default.
+
+        Raises:
+            StoreError: the server or the network failed, or it leads to where it must not.
+
+        """
+        target = httpx.URL(url)
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = await self.ask("GET", str(target), fields=fields, follow=False)
+            if answer.status == 200:
+                sent = {**self._headers, **(fields or {})}
+                return Location(str(target), sent, time.time() + (life or LINK_LIFE))
+            if answer.status not in REDIRECTS or "location" not in answer.headers:
+                raise self._failure(answer, url)
+            try:
+                target = target.join(answer.headers["location"])
+            except httpx.InvalidURL as error:
+                raise BadAnswer(f"{redact(url)}: redirects to a malformed URL") from error
+            if _origin(target) != self._origin:
+                link = str(target)
+                public = await trio.to_thread.run_sync(
+                    leads, url, link, abandon_on_cancel=True, limiter=_RESOLVERS
+                )
+                return Location(link, expires=link_expiry(link, time.time(), life), public=public)
+        raise BadAnswer(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
 
     async def facts(self, url: str) -> Facts:
         """Return what the server says about the file at `url` without fetching it.
@@ -148,7 +198,7 @@ class Web:
         size = _size(answer)
         empty = answer.status == 416 and size == 0  # there is no first byte to send
         if answer.status not in (200, 206) and not empty:
-            raise failure(answer, url)
+            raise self._failure(answer, url)
         if answer.url.path.endswith("/"):
             raise BadAnswer(f"{redact(url)}: is a directory: end its URL with a slash")
         encoding = answer.headers.get("content-encoding", "identity")
@@ -218,8 +268,15 @@ class Web:
                 reach = allowed(str(target), _peer_reach(target, response, nearest), nearest)
                 if not response.has_redirect_location or not follow:
                     body = b""
-                    if limit is not None and response.status_code == 200:
-                        body = await _body(response, limit, redact(url))
+                    if response.status_code >= 400:
+                        body = await _body(response, MAX_REASON)
+                    elif limit is not None and response.status_code == 200:
+                        body = await _body(response, limit)
+                        if len(body) > limit:
+                            place, size = redact(url), limit >> 20
+                            raise StoreError(
+                                f"{place}: the answer is longer than {size} MiB, too long to list"
+                            )
                     return Answer(target, response.status_code, response.headers, body)
                 following = target.join(response.headers["location"])
             finally:
@@ -301,11 +358,12 @@ def netrc_auth(host: str) -> str | None:
     return basic_auth(found[0], found[2] or "") if found else None
 
 
-def link_expiry(url: str, now: float) -> float:
-    """Return when a signed link runs out, seconds since the epoch; LINK_LIFE after `now` if it does not tell.
+def link_expiry(url: str, now: float, otherwise: float | None = None) -> float:
+    """Return when a signed link runs out, seconds since the epoch.
 
-    Known are ``Expires`` of CloudFront and its like, the date and lifetime of Signature V4 (S3, GCS), and
-    ``se`` of Azure's shared access signatures.
+    Known are ``Expires`` of CloudFront and its like, the date and lifetime of Signature V4 (S3, GCS), ``se``
+    of Azure's shared access signatures, and ``exp`` of a JSON Web Token (RFC 7519), of which GitHub adds one.
+    What tells nothing of that runs out `otherwise` seconds after `now`, LINK_LIFE by default.
     """
     query = {name.lower(): value for name, value in parse_qsl(urlsplit(url).query)}
     ends = [float(query["expires"])] if re.fullmatch(r"[0-9]{1,12}", query.get("expires", "")) else []
@@ -315,8 +373,19 @@ def link_expiry(url: str, now: float) -> float:
             ends.append(signed + int(life))
     if "sig" in query and (end := _moment(query.get("se", ""), "%Y-%m-%dT%H:%M:%SZ")):
         ends.append(end)
+    if end := _token_end(query.get("jwt", "")):
+        ends.append(end)
     # A link that looks dead on arrival tells of a wrong clock here: let the other side judge.
-    return max(min(ends, default=now + LINK_LIFE), now + LEAST_LIFE)
+    return max(min(ends, default=now + (otherwise or LINK_LIFE)), now + LEAST_LIFE)
+
+
+def _token_end(token: str) -> float | None:
+    """Return ``exp`` of a JSON Web Token without checking its signature, which is not for us."""
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(f"{token.split('.')[1]}==="))
+        return float(claims["exp"])
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        return None
 
 
 def _moment(text: str, form: str) -> float | None:
@@ -340,7 +409,8 @@ def _peer_reach(url: httpx.URL, response: httpx.Response, nearest: Reach) -> Rea
         raise httpx.ReadError(str(error)) from error
 
 
-async def _body(response: httpx.Response, limit: int, place: str) -> bytes:
+async def _body(response: httpx.Response, limit: int) -> bytes:
+    """Return the body, or the beginning of one that is longer than `limit` bytes."""
     body = bytearray()
     # Leaving the loop would leave httpx's generators behind half-way; a cancelled read unwinds them all.
     with trio.CancelScope() as scope:
@@ -348,8 +418,6 @@ async def _body(response: httpx.Response, limit: int, place: str) -> bytes:
             body += chunk
             if len(body) > limit:
                 scope.cancel()
-    if len(body) > limit:
-        raise StoreError(f"{place}: the answer is longer than {limit >> 20} MiB, too long to list")
     return bytes(body)
 
 

@@ -70,6 +70,9 @@ async def read_span(location: Location, span: Span) -> bytes:
     """
     if not len(span):
         return b""
+    if location.parts:
+        pieces = location.pieces(span, sum(size for size, _ in location.parts))
+        return b"".join([await read_span(piece.location, piece.span) for piece in pieces])
     scheme = urlsplit(location.url).scheme
     readers = {"data": _read_data, "file": _read_file, "http": _read_http, "https": _read_http}
     if scheme in readers:
