@@ -29,7 +29,7 @@ from modelfs.layouts import Holder, arrange, artifact, artifacts, repository
 from modelfs.listing import Line
 from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
-from modelfs.namespaces import NAMESPACES, Names, Organisations, Repositories, path_in, permits
+from modelfs.namespaces import NAMESPACES, Names, Repositories, path_in, permits
 from modelfs.screen import Screen
 from modelfs.snapshots import Snapshots
 from modelfs.stores import Options, open_store
@@ -220,7 +220,7 @@ class Catalog:
         """Show the on-demand namespace of `pattern`, one of `NAMESPACES`, and find what it `permits`."""
         name = pattern.partition("/")[0]
         if not any(known.partition("/")[0] == name for known in self._namespaces):
-            self.tree.put((name,), Folder(inode(name, "", "namespace"), resolver=NAMESPACES[name](name)))
+            self.tree.put((name,), Folder(inode(name, "", "namespace"), resolver=NAMESPACES[name]))
         if name == "hf":
             self._hub.resolver = Repositories(name)
         self._namespaces.append(pattern)
@@ -569,13 +569,12 @@ class Catalog:
 
     async def _find(self, parent: Folder, name: str) -> Node | None:
         match parent.resolver:
-            case Organisations(namespace):
-                path = f"{namespace}/{name}"
-                resolver = Names(path, f"{namespace}://{name}/")
-                node = Folder(inode(path, "", "path"), parent.mtime, resolver=resolver)
-                return self.tree.adopt(parent, name, node)
-            case Names(path, url):
+            case Names(path, url, ""):
                 return await self._find_model(parent, name, f"{path}/{name}", f"{url}{name}")
+            case Names() as above:
+                resolver = above.below(name)
+                node = Folder(inode(resolver.path, "", "path"), parent.mtime, resolver=resolver)
+                return self.tree.adopt(parent, name, node)
             case Repositories(namespace):
                 below: Node | None = self.tree.root.children[namespace]
                 for part in name.split("--")[1:]:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
-class Organisations:
-    """Resolver of a namespace whose models have names of two parts, such as ``hf/ORG/NAME``."""
-
-    namespace: str
-
-
-@dataclass(frozen=True)
 class Names:
-    """Resolver of a directory whose next name completes a model's URL."""
+    """Resolver of a directory whose names are parts of models' URLs.
+
+    Attributes:
+        path: of the directory.
+        url: what comes before a name.
+        between: what comes behind it and behind each of the next, before the name that completes the URL.
+
+    """
 
     path: str
     url: str
+    between: str = ""
+
+    def below(self, name: str) -> Names:
+        """Return the resolver of the directory `name`, which does not complete a URL yet."""
+        return Names(f"{self.path}/{name}", f"{self.url}{name}{self.between[0]}", self.between[1:])
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,10 @@ class Repositories:
     namespace: str
 
 
-NAMESPACES: Mapping[str, Callable[[str], Organisations | Names]] = {
-    "hf": lambda name: Organisations(name),
-    "s3": lambda name: Names(name, "s3://"),
+NAMESPACES: Mapping[str, Names] = {
+    "hf": Names("hf", "hf://", "/"),
+    "s3": Names("s3", "s3://"),
+    "github": Names("github", "github://", "/@"),
 }
 """On-demand namespaces: each resolves a name when it is first looked up."""
 
@@ -54,10 +60,9 @@ def permits(patterns: Iterable[str], path: str) -> bool:
 def path_in(resolver: object, name: str) -> str | None:
     """Return the path of `name` in an on-demand namespace; None if nothing there can be called so."""
     match resolver:
-        case Organisations(namespace) if _PLAIN.fullmatch(name):
-            return f"{namespace}/{name}"
-        case Names(path, url) if (_REVISED if url.startswith("hf:") else _PLAIN).fullmatch(name):
-            return f"{path}/{name}"
+        case Names(path, url, between):
+            known = _REVISED if url.startswith("hf:") and not between else _PLAIN
+            return f"{path}/{name}" if known.fullmatch(name) else None
         case Repositories(namespace) if found := _FOLDER.fullmatch(name):
             return "/".join((namespace, *found.groups()))
     return None

@@ -86,7 +86,7 @@ MODEL = "models: {m: {source: 'fake://m'}}\n"
 def test_without_a_file_the_on_demand_namespaces_are_offered() -> None:
     settings = loaded()
     assert settings.models == ()
-    assert settings.namespaces == ("hf", "s3")
+    assert settings.namespaces == ("hf", "s3", "github")
     assert settings.source_file is None
     assert (settings.refresh, settings.read_deadline, settings.connections) == (60, 300, 16)
     assert (settings.cache.size, settings.cache.min_free) == (50 * GiB, 0.05)
@@ -442,7 +442,7 @@ WRONG: Mapping[str, tuple[str | bytes, str]] = {
         r"namespaces: 's3/a/b' is no pattern of models in s3: write it like s3/",
     ),
     "empty pattern": ("namespaces: [hf/]\n", r"namespaces: 'hf/' is no pattern of models in hf"),
-    "namespace": ("namespaces: [hg]\n", r"namespaces: 'hg' is not one of hf, s3"),
+    "namespace": ("namespaces: [hg]\n", r"namespaces: 'hg' is not one of hf, s3, github"),
     "namespaces": ("namespaces: {hf: 1}\n", r"namespaces: a mapping is not a list"),
     "nothing to mount": ("namespaces: []\n", r"modelfs\.yaml: there is nothing to mount"),
     "no source": ("models:\n  a: {pin: true}\n", r"modelfs\.yaml:2: model 'a' has no source"),
@@ -579,7 +579,7 @@ def test_a_file_that_cannot_be_read_is_named(world: Path) -> None:
 
 
 def test_an_empty_file_is_an_empty_configuration() -> None:
-    assert loaded("# nothing\n").namespaces == ("hf", "s3")
+    assert loaded("# nothing\n").namespaces == ("hf", "s3", "github")
     assert loaded("models:\nstores:\ncache:\n").models == ()
 
 

@@ -41,7 +41,7 @@ app = typer.Typer(
     help="Show remote model stores as a local, read-only directory tree.",
     epilog="""\b
 Examples:
-  modelfs mount /models                     what modelfs.yaml says, or hf/ and s3/ on demand
+  modelfs mount /models                     what modelfs.yaml says, or hf/, s3/, github/ on demand
   modelfs mount /models --source finbert=hf://ProsusAI/finbert
   modelfs status
   modelfs umount /models""",

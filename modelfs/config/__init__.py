@@ -73,10 +73,14 @@ __all__ = [
 SEARCH = (Path("modelfs.yaml"), Path("/etc/modelfs/config.yaml"))
 """Where a configuration file is looked for when neither ``--config`` nor ``$MODELFS_CONFIG`` names one."""
 
-NAMESPACES: Mapping[str, str] = {"hf": "hf://org/name", "s3": "s3://bucket"}
+NAMESPACES: Mapping[str, str] = {
+    "hf": "hf://org/name",
+    "s3": "s3://bucket",
+    "github": "github://owner/repo@tag",
+}
 """On-demand namespace → a URL like those it makes: for the options of the scheme, and the depth of names."""
 
-RESERVED = frozenset({*NAMESPACES, "github", "oci", "model-metadata.yaml", hub.PLACE, ollama.PLACE})
+RESERVED = frozenset({*NAMESPACES, "oci", "model-metadata.yaml", hub.PLACE, ollama.PLACE})
 """First components that a model's name must not have: the tree uses or will use them itself."""
 
 LOCK = "modelfs.lock"
