@@ -77,6 +77,7 @@ SCHEMES: Mapping[str, str] = {
     "oci": "modelfs.stores.oci:OciStore",
     "docker": "modelfs.stores.oci:OciStore",
     "github": "modelfs.stores.github:GitHubStore",
+    "kaggle": "modelfs.stores.kaggle:KaggleStore",
     "mock": "modelfs.stores.mock:MockStore",
     "mlflow": "modelfs.stores.mlflow:MlflowStore",
 }
