@@ -68,6 +68,13 @@ LEAVE_SECONDS = 10.0
 KILLED_SECONDS = 0.2
 """How often it is looked whether a process that got a signal while it waits was killed."""
 
+FOREIGN_SECONDS = 30.0
+"""After a signal to a process whose PID namespace we do not see, its request goes on for so long.
+
+Whether the signal was fatal cannot be told: giving up at once would end the mapped reads of living ones with
+SIGBUS, and not giving up would leave killed ones in state D until the deadline.
+"""
+
 
 class Reply(NamedTuple):
     """The parts of a reply's body, and what takes back what it said if nobody wants it any more."""
@@ -277,7 +284,7 @@ class Transport:
         """Answer a request whose answer has to be waited for."""
         with trio.CancelScope() as scope:
             self._running[request.unique] = request.pid, scope
-            if request.unique & wire.RESENT and request.pid:  # our predecessor was told of a signal, maybe
+            if request.unique & wire.RESENT:  # our predecessor was told of a signal, maybe
                 self._nursery.start_soon(self._give_up_if_killed, request.unique)
             try:
                 reply = await promise
@@ -533,9 +540,10 @@ class Transport:
 
     async def _give_up_if_killed(self, unique: int) -> None:
         """Look after the process of a running request: the kernel tells of its first signal only."""
+        since = trio.current_time()
         while found := self._running.get(unique):
             pid, scope = found
-            if _is_dying(pid):
+            if _is_dying(pid) if pid else trio.current_time() - since >= FOREIGN_SECONDS:
                 scope.cancel()
                 return
             await trio.sleep(KILLED_SECONDS)
@@ -613,10 +621,7 @@ def _sized(value: bytes, room: int) -> Reply:
 
 
 def _is_dying(pid: int) -> bool:
-    """Return whether a fatal signal waits for `pid`; the kernel turns each of them into a SIGKILL.
-
-    True for one of another PID namespace, which has no number here: it shall not wait unkillable.
-    """
+    """Return whether a fatal signal waits for `pid`; the kernel turns each of them into a SIGKILL."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -9,13 +9,15 @@ import random
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.mount.harness import Mounted, Reader, eventually, mounted
+from modelfs.fuse import mountpoint
+from tests.mount.harness import Mounted, Reader, alone, eventually, mounted
 from tests.origin import Origin
 
 MIB = 1 << 20
@@ -332,8 +334,14 @@ print(done, ctypes.get_errno(), bool(rung), flush=True)
 
 @pytest.fixture(params=WAITERS)
 def waiting(request: pytest.FixtureRequest, mount: Mounted, origin: Origin) -> Iterator[Reader]:
+    with waiter(request.param, mount, origin) as reader:
+        yield reader
+
+
+@contextmanager
+def waiter(way: str, mount: Mounted, origin: Origin) -> Iterator[Reader]:
     """A process that waits for a store that sends nothing."""
-    name, code = WAITERS[request.param]
+    name, code = WAITERS[way]
     origin.silent.set()
     with Reader(WAITER % code, mount.path / "m" / name) as reader:
         assert reader.said() == "ready"
@@ -350,6 +358,36 @@ def test_a_signal_does_not_end_a_read(waiting: Reader, origin: Origin) -> None:
     _, error, rung = waiting.said().split()
     assert (error, rung) == ("0", "True")
     assert waiting.process.wait(30) == 0
+
+
+@pytest.fixture
+def unseeing(place: Path, origin: Origin) -> Iterator[Mounted]:
+    """A mount whose daemon lives in a PID namespace of its own, as in a container."""
+    path = place / "models"
+    path.mkdir()
+    words = ["mount", str(path), "--foreground", f"--cache-dir={place}/cache", f"--source=m={origin.url}"]
+    with (place / "log").open("wb") as log:
+        daemon = subprocess.Popen(
+            ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", "modelfs", *words],
+            env={**os.environ, **alone(place)},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            eventually(lambda: mountpoint.mount_at(path) is not None and (path / "m").is_dir())
+            yield Mounted(path, place / "cache", place / "log", alone(place))
+        finally:
+            mountpoint.detach(path, lazy=True)
+            daemon.kill()
+            daemon.wait()
+
+
+@pytest.mark.parametrize("way", ["read", "fault"])
+def test_a_signal_does_not_end_a_read_of_a_process_that_is_not_seen(
+    unseeing: Mounted, origin: Origin, way: str
+) -> None:
+    with waiter(way, unseeing, origin) as reader:
+        test_a_signal_does_not_end_a_read(reader, origin)
 
 
 def test_who_waits_for_a_store_can_be_killed(waiting: Reader, mount: Mounted, origin: Origin) -> None:
