@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from hashlib import sha256
 
 import trio
 
@@ -40,6 +41,8 @@ class Faces:
         self._cache = cache
         self._fetcher = fetcher
         self._lock = lock
+        self._last: dict[tuple[str, str], tuple[bytes, Snapshot]] = {}
+        """By model and store: a hash of the last listing and its marker, and what was shown of it."""
 
     async def shown(
         self, name: str, source: Source, face: Face, listed: Snapshot, *, offline: bool = False
@@ -59,11 +62,19 @@ class Faces:
             StoreError: the store does not say now what is in its marker.
 
         """
-        own = marker(listed)
+        own = await trio.to_thread.run_sync(marker, listed)
         marked = await self._text(source, own, offline=offline) if own else ""
-        return await trio.to_thread.run_sync(self._shown, name, face, listed, marked)
+        return await trio.to_thread.run_sync(self._shown, name, source.identity, face, listed, marked)
 
-    def _shown(self, name: str, face: Face, listed: Snapshot, marked: str) -> Snapshot:
+    def _shown(self, name: str, store: str, face: Face, listed: Snapshot, marked: str) -> Snapshot:
+        token = _hash(listed, marked)
+        before, shown = self._last.get((name, store), (b"", listed))
+        if before != token:  # most listings are what they were a minute ago
+            shown = self._made(name, face, listed, marked)
+            self._last[name, store] = token, shown
+        return shown
+
+    def _made(self, name: str, face: Face, listed: Snapshot, marked: str) -> Snapshot:
         kept = filtered(face, listed)
         if kept.hidden and not kept.listing.totals.files:
             log.warning("%s: nothing is shown: its filters hide all %d files", name, kept.hidden)
@@ -109,3 +120,8 @@ class Faces:
             finally:
                 reader.close()
         raise source.unavailable(entry.path, TEXT_SECONDS)
+
+
+def _hash(listed: Snapshot, marked: str) -> bytes:
+    words = (listed.url, listed.revision, str(listed.complete), str(listed.rejected), marked)
+    return sha256("\n".join((*words, *listed.listing.lines)).encode("utf-8", "surrogateescape")).digest()

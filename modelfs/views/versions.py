@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 
 from modelfs.errors import NotFound
 from modelfs.listing import Listing
@@ -102,4 +103,9 @@ def with_latest(snapshot: Snapshot, wanted: str | None = None, marked: str = "")
 
 
 def _directories(snapshot: Snapshot) -> set[str]:
-    return {line.path for line, _ in snapshot.listing.children("") if line.is_directory}
+    listing = snapshot.listing
+    root = listing.line("")
+    count = int(root.directories) if root is not None else 0
+    # Not one name more than needed is looked at: there may be 100,000 files beside them, or nothing else.
+    found = (line.path for line, _ in listing.children("") if line.is_directory)
+    return set(islice(found, count))
