@@ -102,11 +102,10 @@ def folder_of(repository: str) -> str:
 
 
 def commit_of(snapshot: Snapshot) -> str:
-    """Return the commit of a snapshot: its revision, or where that is none, a hash of what is in it."""
+    """Return the commit of a snapshot: its revision, or a hash of it; what is hidden does not matter."""
     if _COMMIT.fullmatch(snapshot.revision):
         return snapshot.revision
-    text = f"{snapshot.revision}\0{snapshot.digest}"
-    return sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
+    return sha256(snapshot.revision.encode("utf-8", "surrogateescape")).hexdigest()[:40]
 
 
 def refs(revisions: Iterable[Revision]) -> dict[str, str]:

@@ -64,7 +64,10 @@ def test_every_snapshot_has_a_commit(revision: str, paths: set[str]) -> None:
     own = commit_of(snapshot(revision, *paths))
     assert re.fullmatch("[0-9a-f]{40}", own)
     assert own == commit_of(snapshot(revision, *paths))
-    if own != revision:
+    if revision:
+        assert own == commit_of(snapshot(revision, *paths, "another"))
+        assert own != commit_of(snapshot(f"{revision}-", *paths))
+    else:  # then it is derived from what is there
         assert own != commit_of(snapshot(revision, *paths, "another"))
 
 
