@@ -12,6 +12,15 @@ TIMEOUT = 30
 """Seconds for a connection, a login, and without an answer."""
 
 
+class UnknownHostKey(paramiko.SSHException):  # type: ignore[misc]  # paramiko has no types
+    """Nobody vouches for the key of the server."""
+
+
+class _Refusal(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+        raise UnknownHostKey(hostname)
+
+
 class Sftp(SFTPFileSystem):  # type: ignore[misc]  # fsspec has no types
     """Talks only to servers whose keys are known.
 
@@ -34,7 +43,7 @@ class Sftp(SFTPFileSystem):  # type: ignore[misc]  # fsspec has no types
             for place in (Path("/etc/ssh/ssh_known_hosts"), Path("~/.ssh/known_hosts").expanduser()):
                 if place.exists():
                     self.client.load_system_host_keys(str(place))
-        self.client.set_missing_host_key_policy(paramiko.RejectPolicy())
+        self.client.set_missing_host_key_policy(_Refusal())
         times = dict.fromkeys(("timeout", "banner_timeout", "auth_timeout"), TIMEOUT)
         self.client.connect(self.host, **{**times, **self.ssh_kwargs})
         self.ftp = self.client.open_sftp()
