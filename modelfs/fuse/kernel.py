@@ -71,8 +71,8 @@ KILLED_SECONDS = 0.2
 FOREIGN_SECONDS = 30.0
 """After a signal to a process whose PID namespace we do not see, its request goes on for so long.
 
-Whether the signal was fatal cannot be told: giving up at once would end the mapped reads of living ones with
-SIGBUS, and not giving up would leave killed ones in state D until the deadline.
+Whether the signal was fatal cannot be told: giving up at once would fail what living ones do with EINTR,
+which nobody expects of a file, and not giving up would leave killed ones in state D until the deadline.
 """
 
 
