@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from modelfs import __version__, control, privileges
+from modelfs.assembly import catalog_of
 from modelfs.cache import Cache
-from modelfs.catalog import Catalog
-from modelfs.config import Settings, options_for
+from modelfs.config import Settings
 from modelfs.errors import MountError, unwrapped
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
@@ -28,7 +28,6 @@ from modelfs.fuse.ledger import Held
 from modelfs.fuse.operations import Operations
 from modelfs.fuse.transport import Transport, connect
 from modelfs.fuse.tuning import tune
-from modelfs.lockfile import Lock
 from modelfs.metrics import Metrics
 from modelfs.tree import Change, Tree
 
@@ -144,17 +143,7 @@ class Daemon:
         """What was new before there was a transport: only who takes a mount over has to tell."""
         self._untold: set[trio.Event] = set()
         """One for each notice that the kernel is being given of what is new."""
-        self._catalog = Catalog(
-            self._tree,
-            cache,
-            self._fetcher,
-            metrics,
-            partial(options_for, store_options=settings.store_options),
-            self._invalidate,
-            Lock.read(settings.lock) if settings.locked else None,
-            pickles=settings.pickles,
-            limits=settings.archives,
-        )
+        self._catalog = catalog_of(settings, self._tree, cache, self._fetcher, metrics, self._invalidate)
 
     def _invalidate(self, changes: list[Change]) -> None:
         if self._transport is None:
@@ -174,18 +163,6 @@ class Daemon:
     async def serve(self, ready: Ready) -> bool:
         """Mount and serve until the end; see :func:`run`."""
         settings = self._settings
-        for model in settings.models:
-            self._catalog.add(
-                model.name,
-                model.sources[0],
-                model.options,
-                optional=model.optional,
-                pinned=model.pin,
-                pickles=model.pickles,
-                face=model.face,
-            )
-        for namespace in settings.namespaces:
-            self._catalog.add_namespace(namespace)
         await self._catalog.start(self._nursery, keep_going=settings.keep_going, at_once=self._succeeding)
         self._transport, self._why = connect(
             settings.transport,

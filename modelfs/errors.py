@@ -64,9 +64,18 @@ class CacheUnusable(CacheError):
 
 
 class CacheLocked(CacheError):
-    """Another daemon is using the directory."""
+    """Another process is using the directory.
+
+    Attributes:
+        pid: of that process, or None if it does not tell.
+
+    """
 
     errno = _errno.EBUSY
+
+    def __init__(self, message: str, *, pid: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
 
 
 class StoreError(ModelfsError):

@@ -12,8 +12,11 @@ ROOT = Path(modelfs.__file__).parent
 # Top to bottom. Modules of one layer do not import each other, but a package's own modules may.
 LAYERS: list[set[str]] = [
     {"cli"},
+    {"environment", "filesystem"},
     {"daemon", "holder"},
+    {"local"},
     {"control", "service"},
+    {"assembly"},
     {"config"},
     {"fuse"},
     {"catalog"},
@@ -33,14 +36,14 @@ LAYERS: list[set[str]] = [
     {"errors"},
 ]
 # Not part of the daemon: may use everything, and nothing may use it.
-OUTSIDE = {"testing", "__main__"}
+OUTSIDE = {"testing", "pytest_plugin", "__main__"}
 # Only these modules may import these packages.
 ONLY_IN = {
     "pyfuse3": {"fuse/pyfuse.py"},
     "boto3": {"stores/aws.py"},
     "botocore": {"stores/aws.py"},
     "huggingface_hub": {"stores/hf.py"},
-    "fsspec": {"stores/fsspec.py", "stores/sftp.py"},
+    "fsspec": {"stores/fsspec.py", "stores/sftp.py", "filesystem.py"},
     "paramiko": {"stores/sftp.py"},
     "google": {"stores/gs.py"},
     "azure": {"stores/az.py"},

@@ -9,6 +9,7 @@
         session     the id of the boot in which the last start trusted what was there
         objects/XX/KEY.data     the bytes, a sparse file of the object's size; 0600, 0400 once complete
         objects/XX/KEY.table    which blocks are there, and their checksums: modelfs.cache.table
+        local/      models as plain directories, of modelfs.local, with hard links to data files
         meta/       listings, manifests, pins: JSON in a diskcache
 
 **A block is present only after its bytes are written**: ``write`` puts bytes into the data file, ``commit``

@@ -126,6 +126,11 @@ class Generation:
         """Whether every block is present. Loop-safe."""
         return len(self.blocks) == self._count
 
+    @property
+    def linked(self) -> bool:
+        """Whether the data file has a name outside of the cache, so that its bytes must stay."""
+        return self.data >= 0 and os.fstat(self.data).st_nlink > 1
+
     def covers(self, span: Span) -> bool:
         """Return whether each byte of `span` is in a present block or was written. Loop-safe."""
         for block in span.blocks():

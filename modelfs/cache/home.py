@@ -43,7 +43,8 @@ def lock(directory: Path) -> int:
         except BlockingIOError:
             holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
             raise CacheLocked(
-                f"{directory} is in use by process {holder}; stop it or name another directory as cache.dir"
+                f"{directory} is in use by process {holder}; stop it or name another directory as cache.dir",
+                pid=int(holder) if holder.isdecimal() else None,
             ) from None
         os.ftruncate(fd, 0)
         disk.write(fd, memoryview(b"%d\n" % os.getpid()), 0)

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from modelfs.cache import disk, files
 from modelfs.cache.audit import Audit
@@ -214,10 +215,11 @@ class CacheObject:
     def punch(self, blocks: Iterable[int]) -> int:
         """Make `blocks` absent and give their disk space back; returns the bytes freed.
 
-        Nothing happens to an object that is lent. On a file system without holes nothing is freed.
+        Nothing happens to an object that is lent, or whose file has another name (`Loan.link`). On a file
+        system without holes nothing is freed.
         """
         now = self._now
-        return 0 if now.lent else now.drop(blocks)
+        return 0 if now.lent or now.linked else now.drop(blocks)
 
     def discard(self) -> None:
         """Make all blocks absent, for everybody who has the object open.
@@ -338,6 +340,21 @@ class Loan:
         if self._generation is None:
             raise ValueError("the loan is closed")
         return self._fd
+
+    def link(self, path: Path) -> None:
+        """Give the data file the name `path` too, for good: its bytes stay, whatever becomes of the object.
+
+        In a thread.
+
+        Raises:
+            OSError: `path` is there, or on another file system.
+
+        """
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:  # link() would link to the link in /proc; with a directory it becomes linkat(), which follows it
+            os.link(f"/proc/self/fd/{self.fileno()}", path.name, dst_dir_fd=directory)
+        finally:
+            os.close(directory)
 
     def close(self) -> None:
         """End the loan, in a thread: it may close the object. Closing again does nothing."""

@@ -361,6 +361,26 @@ def upgrade(place: Mountpoint) -> None:
     print(launch.upgrade(path))
 
 
+@app.command(
+    epilog="""\b
+Examples:
+  modelfs env          production, test, ci or local, and how models are had there
+  modelfs env --json
+  MODELFS_ENVIRONMENT=test modelfs env"""
+)
+def env(as_json: Json = False) -> None:
+    """Show what modelfs.detect() finds: where this is, and how modelfs.local_path() gets models here."""
+    from modelfs import environment  # the cache and more: other commands do not pay for it
+
+    found = environment.detect()
+    if as_json:
+        place = str(found.mountpoint) if found.mountpoint else None
+        row = {"environment": found.environment, "way": found.way, "mountpoint": place, "why": found.why}
+        _print_json(row)
+    else:
+        print(show.environment(found.environment, found.way, found.mountpoint, found.why))
+
+
 def _client(place: Path) -> control.ControlClient:
     """Return the client of the daemon that serves `place`."""
     path = mountpoint.canonical(place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelfs.lockfile import Lock
@@ -223,6 +224,15 @@ def measured(out: Console, found: Mapping[str, Any]) -> None:
         table.add_row(label, f"{size(found[name])}/s", compared)
     out.print(table)
     out.print(_text(f"transport {found['transport']}: {found['why']}", "dim"))
+
+
+_WAYS = {"mount": "from the mount on", "mock": "made by mock://", "directory": "in a directory of the cache"}
+
+
+def environment(name: str, way: str, mountpoint: Path | None, why: str) -> str:
+    """Return what ``modelfs env`` says."""
+    place = f" {mountpoint}" if mountpoint else ""
+    return f"{name}: models come {_WAYS[way]}{place} ({why})"
 
 
 def locked(lock: Lock) -> str:
