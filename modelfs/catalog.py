@@ -51,7 +51,7 @@ from modelfs.tree import (
     numbers,
 )
 from modelfs.types import Entry, PicklePolicy, Snapshot, entry_fault
-from modelfs.unpacked import Archives, state
+from modelfs.unpacked import Archives, Image, states
 from modelfs.views import Face, ollama
 from modelfs.views.filters import shows
 from modelfs.views.hub import PLACE, folder_of, repositories, revision_in
@@ -123,7 +123,7 @@ class Model:
     before: Snapshot | None = None
     is_for_ollama: bool = False
     listed: Snapshot | None = None
-    archives: Mapping[str, Archive] = field(default_factory=dict)
+    archives: Mapping[str, Archive | Image] = field(default_factory=dict)
     lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -627,9 +627,10 @@ class Catalog:
         return self.tree.adopt(parent, name, node)
 
     async def _find_member(self, parent: Branch, name: str) -> Node | None:
-        archive: Archive | None = parent.resolver
+        archive: Archive | Image | None = parent.resolver
         entry = await archive.find(f"{parent.path}/{name}" if parent.path else name) if archive else None
-        return parent.shown.node(Line.of(entry)) if entry else None
+        # Of the layers of an image the listing tells, once it is complete.
+        return parent.shown.node(Line.of(entry)) if entry else parent.children.get(name)
 
     async def complete(self, directory: Directory) -> None:
         """Return when all names in `directory` are known.
@@ -714,7 +715,7 @@ class Catalog:
             "repositories": list(model.repositories),
             "pickles": model.pickles,
             "suspicious": {},
-            "archives": [state(archive) for archive in model.archives.values()],
+            "archives": states(model.archives.values()),
             **sums,
         }
 

@@ -19,6 +19,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from typing import Any, BinaryIO, cast
@@ -62,6 +63,7 @@ class Archive:
         source: the store that it comes from.
         entry: the archive itself.
         prefix: what is before the path of a member in the model; empty if the archive is the model.
+        directory: of the archive that is the model, if not all of it is; then there is no prefix.
         limits: what it must not exceed.
         settled: called when everything in it is known, before `finish` returns.
 
@@ -82,10 +84,12 @@ class Archive:
         prefix: str,
         limits: Limits,
         settled: Callable[[], Awaitable[None]],
+        directory: str = "",
     ) -> None:
         self.entry = entry
         self.prefix = prefix
-        self.version = f"archive-{_hash(source.key(entry), prefix)}"
+        self.version = f"archive-{_hash(source.key(entry), prefix, directory)}"
+        self._directory = f"{directory}/" if directory else ""
         self.contents = Contents(limits)
         self.done = False
         self.error: ModelfsError | None = None
@@ -216,7 +220,9 @@ class Archive:
         self._shelf.clear()
         for member in members.values():
             if member.kind == "file":
-                self._cache.discard(self.source.key(member.entry(self.prefix, self.version)))
+                entry = member.entry(self.prefix, self.version)
+                shown = replace(entry, path=entry.path.removeprefix(self._directory))
+                self._cache.discard(self.source.key(shown))
 
     def _unpack(self, file: BinaryIO) -> None:
         """Find all members; in the thread of the pass."""
@@ -306,7 +312,7 @@ class Archive:
         return self._sweeps[name]
 
     def _inside(self, path: str) -> str:
-        return path[len(self.prefix) + 1 :] if self.prefix else path
+        return path[len(self.prefix) + 1 :] if self.prefix else self._directory + path
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[BinaryIO]:

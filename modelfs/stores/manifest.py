@@ -220,7 +220,7 @@ def entries(
     ]
     plain = [layer for layer in manifest.layers if not layer.tar]
     files = list(dict.fromkeys(_entry(path, layer, created) for path, layer in named(plain)))
-    files = below(files, directory) if directory else files
+    files = below(files, directory)
     taken = [(file.path, "this place is not for files") for file in files if file.path.startswith(_OURS)]
     files = [file for file in files if not file.path.startswith(_OURS)]
     if directory:
@@ -241,8 +241,8 @@ def layers_in(paths: Iterable[str]) -> tuple[str, list[str]]:
 
 
 def below(listed: Iterable[Entry], directory: str) -> list[Entry]:
-    """Return the entries below `directory`, with paths relative to it."""
-    prefix = f"{directory}/"
+    """Return the entries below `directory`, with paths relative to it; all of them if it is empty."""
+    prefix = f"{directory}/" if directory else ""
     return [
         replace(entry, path=entry.path.removeprefix(prefix))
         for entry in listed

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from urllib.parse import unquote, urlsplit
 
 from modelfs.archives import Contents, format_of
+from modelfs.stores.manifest import LAYERS, below
 from modelfs.types import Entry, Snapshot
 from modelfs.views import Face
+from modelfs.views.layers import merged
 
 
 def chosen(url: str, snapshot: Snapshot, face: Face) -> Iterator[tuple[Entry, str]]:
@@ -29,6 +31,8 @@ def chosen(url: str, snapshot: Snapshot, face: Face) -> Iterator[tuple[Entry, st
         return
     patterns = ("*",) if face.archives is True else face.archives
     for path in snapshot.entries:
+        if path.startswith(f"{LAYERS}/"):
+            continue
         if format_of(path) and any(_fits(path, pattern) for pattern in patterns):
             entry = snapshot.entries[path]
             if entry.kind == "file":
@@ -37,6 +41,43 @@ def chosen(url: str, snapshot: Snapshot, face: Face) -> Iterator[tuple[Entry, st
 
 def _fits(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path.rpartition("/")[2], pattern)
+
+
+def with_layers(
+    snapshot: Snapshot,
+    layers: Sequence[tuple[Entry, str, Contents]],
+    directory: str,
+    is_shown: Callable[[str], bool],
+    *,
+    known: bool,
+) -> Snapshot:
+    """Return `snapshot`, packed, with what is seen of the layers of an image in their place.
+
+    Args:
+        snapshot: what holds the layers.
+        layers: bottom first: the archive, the version of its members, and what is known of them.
+        directory: of the image that is shown; empty for all of it.
+        is_shown: whether a path in it is.
+        known: whether all is known of all layers; before, nothing is shown of them.
+
+    """
+    packed = {entry.path for entry, _, _ in layers}
+    entries = [entry for path, entry in snapshot.entries.items() if path not in packed]
+    rejected = list(snapshot.rejected)
+    if known:
+        members = [
+            [member.entry("", version) for member in contents.members.values()]
+            for _, version, contents in layers
+        ]
+        entries += [entry for entry in below(merged(members), directory) if is_shown(entry.path)]
+        rejected += [
+            (path, reason)
+            for _, _, contents in layers
+            for path, reason in contents.rejected
+            if not directory or f"{path}/".startswith(f"{directory}/")
+        ]
+    shown = Snapshot.of(snapshot.url, snapshot.revision, entries)
+    return replace(shown, rejected=(*rejected, *shown.rejected), hidden=snapshot.hidden).packed()
 
 
 def with_members(snapshot: Snapshot, archives: Mapping[str, tuple[Entry, str, Contents]]) -> Snapshot:

@@ -16,6 +16,7 @@ from fnmatch import translate
 from functools import cache as remember
 
 from modelfs.listing import Listing
+from modelfs.stores.manifest import LAYERS
 from modelfs.types import Snapshot
 from modelfs.views import Face
 
@@ -56,7 +57,9 @@ def filtered(face: Face, snapshot: Snapshot) -> Snapshot:
     if not snapshot.complete or not (face.include or face.exclude or face.formats == "production"):
         return snapshot
     is_shown = shows(face)
-    kept = [entry for entry in snapshot.entries.values() if is_shown(entry.path)]
+    # The layers of an image are not what is shown: what they hold is filtered when it is known.
+    inside = f"{LAYERS}/"
+    kept = [e for e in snapshot.entries.values() if is_shown(e.path) or e.path.startswith(inside)]
     if face.formats == "production":
         hidden = duplicates(entry.path for entry in kept if entry.kind != "directory")
         kept = [entry for entry in kept if entry.path not in hidden]

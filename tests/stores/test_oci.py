@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import base64
 import gzip
-import io
 import json
 import os
 import shutil
 import stat
 import subprocess
-import tarfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from tests.stores.registry import (
     Repository,
     docker_config,
     docker_registry,
+    packed,
     sha256,
     with_password,
     with_tokens,
@@ -587,8 +586,8 @@ def test_an_image_that_skopeo_copied_shows_its_layers(tmp_path: Path) -> None:
         pytest.skip("skopeo is not installed")
     pushed = Repository("team/model")
     layers = [
-        pushed.blob(tar({"models/a": b"1"}), "application/vnd.oci.image.layer.v1.tar"),
-        pushed.blob(gzip.compress(tar({"models/b": b"2"})), "application/vnd.oci.image.layer.v1.tar+gzip"),
+        pushed.blob(packed({"models/a": b"1"}), "application/vnd.oci.image.layer.v1.tar"),
+        pushed.blob(gzip.compress(packed({"models/b": b"2"})), "application/vnd.oci.image.layer.v1.tar+gzip"),
     ]
     config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}}
     config_type = "application/vnd.oci.image.config.v1+json"
@@ -606,13 +605,3 @@ def test_an_image_that_skopeo_copied_shows_its_layers(tmp_path: Path) -> None:
         f".oci/layers/1-{second}.tar.gz",
         ".oci/manifest.json",
     ]
-
-
-def tar(files: Mapping[str, bytes]) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return packed.getvalue()
