@@ -32,16 +32,18 @@ def merged(layers: Sequence[Iterable[Entry]]) -> list[Entry]:
             directory, _, name = entry.path.rpartition("/")
             if name == OPAQUE:
                 empty.add(directory)
-            elif name.startswith(WHITEOUT):
+                continue
+            if name.startswith(WHITEOUT):
                 if not name.startswith(_OTHER):
                     gone.add(f"{directory}/{name[len(WHITEOUT) :]}".lstrip("/"))
-            elif not _hidden(entry, shown, above, removed, emptied):
+                continue
+            if entry.kind != "directory":
+                gone.add(entry.path)  # also if it is hidden itself: it replaced what is below
+            if not _hidden(entry, shown, above, removed, emptied):
                 found.append(entry)
         for entry in found:
             shown[entry.path] = entry
             above.update(parents(entry.path))
-            if entry.kind != "directory":
-                removed.add(entry.path)
         removed |= gone
         emptied |= empty
     return list(shown.values())

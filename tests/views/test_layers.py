@@ -52,6 +52,7 @@ def seen(*layers: list[Entry]) -> list[str]:
         ([["a"], [".wh..wh.plnk", ".wh..wh.aufs"]], ["a"]),
         ([["a"], [".wh.a"], [".wh.a"], ["b"]], ["b"]),
         ([["d/a"], [".wh.d"], ["d/b"]], ["d/b"]),
+        ([["d/a"], ["d"], ["d/b"]], ["d/b"]),
     ],
 )
 def test_upper_layers_win(layers: list[list[str]], meant: list[str]) -> None:
