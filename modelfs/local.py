@@ -338,6 +338,9 @@ class Local:
         if model.offline:
             await self._catalog.refresh(name)  # what is on disk was taken because the store was slow
             root = await self._find(name)
+        if isinstance(root, Directory):
+            await self._settle(root)
+            root = await self._find(name)  # with the members of its archives
         if not isinstance(root, Directory) or model.snapshot is None or not model.snapshot.complete:
             raise ConfigError(f"model {name}: its store is too large to list: name a part of it")
         folder = self._settings.cache.directory / FOLDER / quote(name, safe="")
@@ -351,6 +354,13 @@ class Local:
                 await _on_disk(draft.rename, target)
             await _on_disk(_keep_few, folder, target)
         return target
+
+    async def _settle(self, directory: Directory) -> None:
+        """Return when all archives in `directory` that are shown as directories have been looked through."""
+        await self._catalog.complete(directory)
+        for _, node, _ in directory.names()(0):
+            if isinstance(node, Directory):
+                await self._settle(node)
 
     async def _fill(self, draft: Path, nodes: Mapping[str, Node]) -> None:
         slots = trio.CapacityLimiter(AT_ONCE)

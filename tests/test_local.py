@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,6 +112,16 @@ def test_bytes_are_verified_and_without_the_store_the_last_snapshot_is_used(tmp_
         assert tree(found) == {"model.bin": data}
         url = origin.url
     assert modelfs.local_path(url) == found
+
+
+def test_an_archive_is_unpacked_whole(tmp_path: Path) -> None:
+    members = {"config.json": b"{}", "sub/weights.bin": os.urandom(300_000)}
+    with tarfile.open(tmp_path / "m.tar", "w") as archive:
+        for path, data in members.items():
+            row = tarfile.TarInfo(path)
+            row.size = len(data)
+            archive.addfile(row, io.BytesIO(data))
+    assert tree(modelfs.local_path("m", sources=[f"m={(tmp_path / 'm.tar').as_uri()}"])) == members
 
 
 def test_threads_and_processes_share_one_cache(source: str, tmp_path: Path) -> None:
