@@ -53,6 +53,7 @@ ONLY_IN = {
     "typer": {"cli/__init__.py"},
     "rich": {"cli/__init__.py", "cli/show.py"},
     "yaml": {"config/document.py"},
+    "zstandard": {"archives/zstd.py"},
     "starlette": {"control/app.py"},
     "hypercorn": {"control/app.py"},
 }

@@ -1,7 +1,7 @@
 """Archives as lists of members: formats, bounds, and what no member may be. Pure, but for the file it reads.
 
 Whoever has an archive, from wherever, as a file (``read`` and ``seek``) gets its members one by one from
-`tar.members` or `zip.members`, puts them into `Contents`, and knows what may be shown and why the rest may
+`tar.members` or `zips.members`, puts them into `Contents`, and knows what may be shown and why the rest may
 not. Members come from strangers: nothing in a header is believed before it was compared with a bound.
 """
 

@@ -37,12 +37,14 @@ class Stream(Protocol):
 
     Attributes:
         position: of the next byte.
-        packed: packed bytes that were needed until there.
 
     """
 
     position: int
-    packed: int
+
+    @property
+    def packed(self) -> int:
+        """Packed bytes that were needed until there."""
 
     def read(self, size: int) -> bytes:
         """Return between one and `size` bytes, none only at the end; BadArchive if they are damaged."""

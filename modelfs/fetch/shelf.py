@@ -5,10 +5,12 @@ Members are kept in pieces, each written once, as the pass finds them. All metho
 
 from __future__ import annotations
 
+import base64
 import logging
 from typing import Any, NamedTuple
 
 from modelfs.archives import Member
+from modelfs.archives.streams import Checkpoint
 from modelfs.cache import Cache
 
 log = logging.getLogger(__name__)
@@ -18,10 +20,11 @@ PIECE = 4000
 
 
 class Kept(NamedTuple):
-    """What lay on disk: members in their order, what was refused, and whether that is all."""
+    """What lay on disk: members in their order, what was refused, checkpoints, whether that is all."""
 
     members: list[Member]
     rejected: list[tuple[str, str]]
+    points: list[Checkpoint]
     done: bool
 
 
@@ -48,8 +51,9 @@ class Shelf:
             pieces = [self._cache.get_meta(self._key(n)) for n in range(int(head["pieces"]))]
             members = [Member.checked(fields) for piece in pieces for fields in piece or ()]
             rejected = [(str(path), str(reason)) for path, reason in head["rejected"]]
+            points = [Checkpoint(int(at), int(packed), int(bits)) for at, packed, bits in head["points"]]
             self._pieces = len(pieces)
-            return Kept(members, rejected, head["done"] is True)
+            return Kept(members, rejected, points, head["done"] is True)
         except (ValueError, KeyError, TypeError) as error:
             log.warning("the index of an archive on disk cannot be used: %s", error)
             return None
@@ -59,30 +63,44 @@ class Shelf:
         for start in range(0, len(members), PIECE):
             self._cache.set_meta(self._key(self._pieces), members[start : start + PIECE])
             self._pieces += 1
-        self._head([], done=False)
+        self._head([], [], done=False)
 
-    def finish(self, members: list[Member], rejected: list[tuple[str, str]]) -> None:
-        """Keep all members, in the place of those that were known before."""
+    def finish(
+        self, members: list[Member], rejected: list[tuple[str, str]], points: list[Checkpoint]
+    ) -> None:
+        """Keep all members, in the place of those that were known before, and the places of checkpoints."""
         before, self._pieces = self._pieces, 0
         for start in range(0, len(members), PIECE):
             self._cache.set_meta(self._key(self._pieces), members[start : start + PIECE])
             self._pieces += 1
-        self._head(rejected, done=True)
+        self._head(rejected, [point[:3] for point in points], done=True)
         for number in range(self._pieces, before):
             self._cache.set_meta(self._key(number), None)
 
-    def clear(self) -> None:
-        """Forget everything."""
-        head = self._cache.get_meta(self._key())
-        known = head.get("pieces") if isinstance(head, dict) else 0
-        pieces = max(self._pieces, known if isinstance(known, int) else 0)
+    def mark(self, point: Checkpoint) -> None:
+        """Keep the window of a checkpoint."""
+        window = base64.b64encode(point.window).decode()
+        self._cache.set_meta(self._key("window", point.unpacked), window)
+
+    def marked(self, point: Checkpoint) -> Checkpoint | None:
+        """Return `point` with its window; None if that is not there any more."""
+        window: Any = self._cache.get_meta(self._key("window", point.unpacked))
+        try:
+            return point._replace(window=base64.b64decode(window, validate=True))
+        except (TypeError, ValueError):
+            return None
+
+    def clear(self, points: list[Checkpoint]) -> None:
+        """Forget everything, the windows of `points` too."""
         self._cache.set_meta(self._key(), None)
-        for number in range(pieces):
+        for number in range(self._pieces):
             self._cache.set_meta(self._key(number), None)
+        for point in points:
+            self._cache.set_meta(self._key("window", point.unpacked), None)
         self._pieces = 0
 
-    def _head(self, rejected: list[tuple[str, str]], *, done: bool) -> None:
-        head: dict[str, Any] = {"pieces": self._pieces, "rejected": rejected, "done": done}
+    def _head(self, rejected: list[tuple[str, str]], points: list[Any], *, done: bool) -> None:
+        head = {"pieces": self._pieces, "rejected": rejected, "points": points, "done": done}
         self._cache.set_meta(self._key(), head)
 
     def _key(self, *parts: object) -> str:

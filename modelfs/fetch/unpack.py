@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,18 +26,20 @@ from typing import Any, BinaryIO, cast
 
 import trio
 
-from modelfs.archives import Contents, Limits, Member, format_of, tar
-from modelfs.archives import zip as zips
-from modelfs.archives.streams import Stored, Stream
+from modelfs.archives import Contents, File, Format, Limits, Member, format_of, tar, zips
+from modelfs.archives.gzip import Gzip, Mark
+from modelfs.archives.streams import Checkpoint, Stored, Stream
+from modelfs.archives.zstd import Zstd
 from modelfs.cache import Cache
 from modelfs.errors import BadArchive, Corrupt, ModelfsError, Stale
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.guard import Sink
+from modelfs.fetch.passing import Passing
 from modelfs.fetch.reader import Reader
 from modelfs.fetch.shelf import Shelf
 from modelfs.fetch.source import Source
-from modelfs.fetch.sweep import Enter, Sweep
-from modelfs.types import BLOCK, Digest, Entry, Location, Span
+from modelfs.fetch.sweep import Enter, Request, Requests, Sweep
+from modelfs.types import BLOCK, Digest, Entry, Hasher, Location, Span
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,17 @@ AGAIN_SECONDS = 30.0
 HOP = 64 * 1024
 """Bytes read at once where headers are: enough for many small members, little beside large ones."""
 
+SPACING = 4 * 1024 * 1024
+"""Unpacked bytes between two checkpoints: what is unpacked for nothing when a member is read again."""
+
+MAX_POINTS = 1024
+"""About how many checkpoints an archive has at the most; each is 44 KB of metadata."""
+
 COPY = 1024 * 1024
 """Bytes of a member copied at once."""
+
+Codec = Callable[[File, Checkpoint | None, int, Mark | None], Stream]
+"""Opens an unpacked stream; arguments are as of `Gzip`."""
 
 SCHEME = "member"
 """Scheme of the locations of members; what follows it is the member's path in its archive."""
@@ -110,6 +121,8 @@ class Archive:
         self._needed = trio.lowlevel.ParkingLot()
         self._changed = trio.lowlevel.ParkingLot()
         self._sweeps: dict[str, Sweep] = {}
+        self._requests = Requests()
+        self._points: list[Checkpoint] = []
 
     # -- names -----------------------------------------------------------------------------------------
 
@@ -119,6 +132,7 @@ class Archive:
         if kept is not None:
             self.contents.restore(iter(kept.members))
             self.contents.rejected = kept.rejected
+            self._points = kept.points
             self.done = kept.done
             self._kept = len(kept.members)
 
@@ -155,11 +169,7 @@ class Archive:
 
     async def _advance(self) -> None:
         """Let the pass go on until there is news of it; raise what ended it."""
-        if not self._running:
-            if self.error is not None and trio.current_time() < self._again_at:
-                raise self.error
-            self.error, self._running = None, True
-            self._fetcher.nursery.start_soon(self._pass)
+        self._begin()
         self._asked += 1
         self._needed.unpark_all()
         try:
@@ -168,6 +178,15 @@ class Archive:
             self._asked -= 1
         if self.error is not None:
             raise self.error
+
+    def _begin(self) -> None:
+        """See to it that the pass is under way; raise what ended it if that was just now."""
+        if not self._running:
+            if self.error is not None and trio.current_time() < self._again_at:
+                raise self.error
+            self.error, self._running = None, True
+            self._requests = Requests()
+            self._fetcher.nursery.start_soon(self._pass)
 
     async def _keep(self) -> None:
         """Put what was found since the last time on disk."""
@@ -183,6 +202,8 @@ class Archive:
         with self._scope:
             await self._pass_through()
         self._running = False
+        gone = f"{self.source.url}: {self.entry.path}: there is another version now"
+        self._requests.end(self.error or (None if self.done else Stale(gone)))
         self._changed.unpark_all()
 
     async def _pass_through(self) -> None:
@@ -191,7 +212,7 @@ class Archive:
                 await trio.to_thread.run_sync(self._unpack, file, limiter=_PASSES)
             async with self._keeping:
                 members = list(self.contents.members.values())
-                finish = partial(self._shelf.finish, members, self.contents.rejected)
+                finish = partial(self._shelf.finish, members, self.contents.rejected, self._points)
                 await trio.to_thread.run_sync(finish, limiter=self._fetcher.disk)
             self.done = True
             await self._settled()
@@ -217,7 +238,7 @@ class Archive:
         """Forget everything that came from it."""
         members, self.contents = self.contents.members, Contents(self._limits)
         self._kept = 0
-        self._shelf.clear()
+        self._shelf.clear(self._points)
         for member in members.values():
             if member.kind == "file":
                 entry = member.entry(self.prefix, self.version)
@@ -232,20 +253,50 @@ class Archive:
                 # Its directory is read whole, and little: nothing is gained by waiting in the middle.
                 for member in zips.members(_buffered(file), self.entry.size, self._limits):
                     self._found(zips.linked(file, member) if member.kind == "symlink" else member)
+            case "tar.gz" | "tar.zst":
+                self._pass_over(cast(_Packed, file))
             case _:
                 for member in tar.members(_buffered(file), self._limits):
                     if member.offset + member.size > self.entry.size:
                         raise BadArchive("it is truncated in the content of its last member")
                     self._found(member)
-                    if not self._asked:
-                        trio.from_thread.run(self._until_needed)
+                    self._wait()
 
-    def _found(self, member: Member) -> None:
-        self.contents.add(member)
+    def _pass_over(self, file: _Packed) -> None:
+        """Find the members of a packed tar; it is unpacked to its end, since its checksum is there."""
+        hasher = self.entry.digest.hasher(self.entry.size) if self.entry.digest else None
+        file.hasher = hasher
+        self._points = []
+        spacing = max(SPACING, self.entry.size // MAX_POINTS)
+        stream = _CODECS[self._format](file, None, spacing, self._mark)
+        passing = Passing(stream, self._requests, self._limits, self._wait, self.contents.note)
+        for member in tar.members(passing, self._limits):
+            shown = self._found(member)
+            passing.expect(shown if shown and shown.kind == "file" and member.kind == "file" else None)
+            self._wait()
+        passing.drain()
+        if hasher and self.entry.digest and hasher.hexdigest() != self.entry.digest.value:
+            raise Corrupt(
+                f"{self.source.url}: {self.entry.path}: the bytes do not have the published digest "
+                f"{self.entry.digest}; everything that came from them was discarded"
+            )
+
+    def _mark(self, point: Checkpoint) -> None:
+        self._shelf.mark(point)
+        self._points.append(point._replace(window=b""))
+
+    def _found(self, member: Member) -> Member | None:
+        shown = self.contents.add(member)
         self._token.run_sync_soon(self._changed.unpark_all, idempotent=True)
+        return shown
+
+    def _wait(self) -> None:
+        """Return when somebody needs what the pass comes to next; in its thread."""
+        if not self._asked and not self._requests.pending():
+            trio.from_thread.run(self._until_needed)
 
     async def _until_needed(self) -> None:
-        while not self._asked:
+        while not self._asked and not self._requests.pending():
             await self._needed.park()
 
     # -- contents --------------------------------------------------------------------------------------
@@ -279,7 +330,9 @@ class Archive:
         if member is None or member.size != size:
             raise Stale(f"{self.source.url}: {self.entry.path} was found to be another archive")
         try:
-            if self._format == "zip" and member.method == zips.DEFLATED and size > BLOCK:
+            if self._format in _CODECS:
+                await self._fetch_unpacked(member, span, sink)
+            elif self._format == "zip" and member.method == zips.DEFLATED and size > BLOCK:
                 await self._sweep(member.path, partial(_enter_deflated, member)).fetch(0, span, sink)
             else:
                 async with self._opened() as file:
@@ -287,6 +340,29 @@ class Archive:
                     await trio.to_thread.run_sync(copy, limiter=_COPIES)
         except BadArchive as error:
             raise BadArchive(f"{self.source.url}: {self.entry.path}: {member.path}: {error}") from error
+
+    async def _fetch_unpacked(self, member: Member, span: Span, sink: Sink) -> None:
+        """Take the bytes out of the pass if it has not come to them, else out of a sweep of their own."""
+        if not self.done:
+            self._begin()
+            request = Request(member.offset, span, sink)
+            if self._requests.add_ahead(request):
+                self._needed.unpark_all()
+                if await self._requests.wait(request):
+                    return
+                raise BadArchive("its content ends early")
+        await self._sweep("", self._enter).fetch(member.offset, span, sink)
+
+    def _enter(self, file: BinaryIO, wanted: int, position: int | None) -> Stream | None:
+        """Return the stream from the last checkpoint before `wanted` on; see `sweep.Enter`."""
+        codec = _CODECS[self._format]
+        for point in reversed([point for point in self._points if point.unpacked <= wanted]):
+            if position is not None and point.unpacked <= position <= wanted:
+                return None
+            marked = self._shelf.marked(point)
+            if marked is not None:
+                return codec(file, marked, 0, None)
+        return None if position is not None and position <= wanted else codec(file, None, 0, None)
 
     def _copy(self, file: BinaryIO, member: Member, span: Span, sink: Sink) -> None:
         """Copy what can be entered anywhere, or is small."""
@@ -331,6 +407,8 @@ class _Packed(io.RawIOBase):
         self._reader = reader
         self._size = size
         self._position = 0
+        self.hasher: Hasher | None = None
+        self._hashed = 0
 
     def readable(self) -> bool:
         return True
@@ -351,6 +429,9 @@ class _Packed(io.RawIOBase):
         left = self._size - self._position if size < 0 else size
         while left > 0 and (data := trio.from_thread.run(self._reader.read, self._position, min(left, COPY))):
             parts.append(data)
+            if self.hasher and self._position == self._hashed:
+                self.hasher.update(data)
+                self._hashed += len(data)
             self._position += len(data)
             left -= len(data)
         return b"".join(parts)
@@ -372,6 +453,8 @@ def _buffered(file: BinaryIO) -> BinaryIO:
 def _enter_deflated(member: Member, file: BinaryIO, wanted: int, position: int | None) -> Stream | None:
     return None if position is not None and position <= wanted else zips.content(file, member, 0)
 
+
+_CODECS: Mapping[Format | None, Codec] = {"tar.gz": Gzip, "tar.zst": Zstd}
 
 _PASSES = trio.CapacityLimiter(math.inf)
 """A pass that nobody needs at the moment keeps its thread."""

@@ -6,8 +6,7 @@ import io
 
 import pytest
 
-from modelfs.archives import Contents, tar
-from modelfs.archives import zip as zips
+from modelfs.archives import Contents, tar, zips
 from modelfs.errors import BadArchive
 from modelfs.types import Entry, Snapshot
 from tests.archives.hostile import CORPUS, Hostile
