@@ -6,7 +6,7 @@ PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-lig
 # Azure Blob Storage for the tests; the development packages bring the node that runs it.
 AZURITE := azurite@3.35.0
 
-.PHONY: help demo test check bench chaos storm reference clean
+.PHONY: help demo test check bench chaos storm reference fuzz clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ chaos: .venv/.ready  ## 200 SIGKILLs of the daemon under readers that compare ev
 
 storm: .venv/.ready  ## 10,000 faults of all kinds between every network store and its readers (5 minutes)
 	@$(BIN)/python -m tests.faults.storm $(ARGS)
+
+fuzz: .venv/.ready  ## 50,000 damaged and made-up archives for their parsers (10 minutes)
+	@MODELFS_FUZZ_EXAMPLES=50000 $(BIN)/pytest -q -p no:xdist --timeout 3600 tests/archives/test_streams.py $(ARGS)
 
 reference: .venv/.ready  ## thousands of random operations on real mounts, and on a dict (10 minutes, root)
 	@$(BIN)/python -m tests.mount.reference $(ARGS)
