@@ -8,6 +8,7 @@ import io
 import os
 import random
 import shutil
+import signal
 import tarfile
 import tempfile
 import zipfile
@@ -171,3 +172,24 @@ def test_a_wrong_archive_is_discarded_with_all_that_came_from_it(place: Path) ->
         assert state["state"] == "failed"
         assert "incorrect data check" in state["why"]
         assert state["members"] == 0
+
+
+def test_archives_inside_of_a_model_are_directories_if_it_says_so(place: Path) -> None:
+    store = place / "store"
+    (store / "data").mkdir(parents=True)
+    (store / "config.json").write_bytes(b"{}")
+    (store / "data" / "a.tar.gz").write_bytes(tarred(CONTENT, "w:gz"))
+    (store / "b.zip").write_bytes(zipped(CONTENT))
+    url = url_of(store)
+    config = f"models:\n  plain: {url}\n  some: {{source: '{url}', archives: 'data/*'}}\n"
+    with mounted(place, config=config, transport="kernel") as m:
+        assert (m.path / "plain" / "b.zip").is_file()
+        assert (m.path / "some" / "b.zip").is_file()
+        inner = m.path / "some" / "data" / "a.tar.gz"
+        assert inner.is_dir()
+        assert (inner / "bert" / "config.json").read_bytes() == CONTENT["bert/config.json"]
+        m.allowed_errors.append("the next one takes the mount over")
+        os.kill(m.status()["pid"], signal.SIGKILL)
+        assert (inner / "bert" / "vocab.txt").read_bytes() == CONTENT["bert/vocab.txt"]
+        assert tree(inner) == CONTENT, "the next daemon goes on"
+        assert sorted(os.listdir(m.path / "some")) == ["b.zip", "config.json", "data"]
