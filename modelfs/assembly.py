@@ -44,6 +44,7 @@ def catalog_of(
             model.name,
             model.sources[0],
             model.options,
+            fallbacks=model.fallbacks,
             optional=model.optional,
             pinned=model.pin,
             pickles=model.pickles,

@@ -6,11 +6,12 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -19,11 +20,13 @@ from modelfs.archives import Limits
 from modelfs.cache import Cache
 from modelfs.errors import BadAnswer, ConfigError, NotFound, StoreError
 from modelfs.faces import Faces
+from modelfs.fetch.breaker import Breaker
+from modelfs.fetch.chain import answering, same_content, standing
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.planner import following
 from modelfs.fetch.reader import Reader
 from modelfs.fetch.scrub import Subject, subjects_in
-from modelfs.fetch.source import Source, retrying
+from modelfs.fetch.source import Source, chained, retrying
 from modelfs.fetch.unpack import Archive
 from modelfs.layouts import Holder, arrange, artifact, artifacts, repository
 from modelfs.listing import Line
@@ -32,7 +35,7 @@ from modelfs.metrics import Metrics
 from modelfs.namespaces import NAMESPACES, Names, Repositories, path_in, permits
 from modelfs.screen import Screen
 from modelfs.snapshots import Snapshots
-from modelfs.stores import Options, open_store
+from modelfs.stores import Options, Store, identity_of, open_store
 from modelfs.tree import (
     METADATA,
     Branch,
@@ -88,7 +91,7 @@ class Model:
 
     Attributes:
         name: its path in the tree, ``NAME``, ``ORG/NAME`` or a path in an on-demand namespace.
-        source: the store behind it.
+        source: the store whose snapshot is shown, or the first of its chain.
         optional: the mount goes on without it.
         pinned: what is cached of it stays.
         listed: what its face leaves of what its store has; None until it is resolved for the first time.
@@ -125,6 +128,14 @@ class Model:
     listed: Snapshot | None = None
     archives: Mapping[str, Archive | Image] = field(default_factory=dict)
     lock: trio.Lock = field(default_factory=trio.Lock)
+
+    def source_of(self, entry: Entry) -> Source:
+        """Return the store that lists `entry`, which may be of a snapshot that is no longer shown."""
+        if len(self.source.chain) > 1:
+            for source in (self.source, *self.source.chain):
+                if source.snapshot is not None and source.snapshot.entries.get(entry.path) == entry:
+                    return source
+        return self.source
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,7 @@ class Catalog:
         self._hub = Folder(inode(PLACE, "", "path"), listed=False)
         tree.put((PLACE,), self._hub)
         tree.put((ollama.PLACE,), Folder(inode(ollama.PLACE, "", "path"), listed=False))
+        self._breakers: WeakValueDictionary[str, Breaker] = WeakValueDictionary()
 
     # -- models ----------------------------------------------------------------------------------------
 
@@ -195,6 +207,7 @@ class Catalog:
         url: str,
         options: Options,
         *,
+        fallbacks: Sequence[tuple[str, Options]] = (),
         optional: bool = False,
         pinned: bool = False,
         pickles: PicklePolicy | None = None,
@@ -202,19 +215,44 @@ class Catalog:
     ) -> Model:
         """Add a model that is still to be resolved; what is cached of a `pinned` one is not evicted.
 
+        Args:
+            name: its path in the tree.
+            url: of its store.
+            options: of its store.
+            fallbacks: URL and options of each store that answers when those before it do not.
+            optional: the mount goes on without it.
+            pinned: what is cached of it stays.
+            pickles: what becomes of suspicious ones; None for what the mount says.
+            face: how it is shown.
+
         Raises:
             ConfigError: the URL or an option is wrong.
 
         """
-        model = Model(name, Source(open_store(url, options), self._metrics), optional, pinned)
+        stores = [open_store(*each) for each in ((url, options), *fallbacks)]
+        face = face or Face()
+
+        async def show(source: Source, listed: Snapshot) -> Snapshot:
+            return await self._faces.shown(name, source, face, listed)
+
+        source = chained([Source(store, self._metrics, self._breaker(store), show) for store in stores])
+        model = Model(name, source, optional, pinned, face=face)
         model.pickles = pickles or self._pickles
-        model.face = face or Face()
         own = name if name.partition("/")[0] not in NAMESPACES else ""
         if own or "@" not in name:  # who names no revision shall not get one that somebody else looked up
             alone = model.face.layout == "hub"
             model.repositories = repositories(own, model.source.url, alone=alone)
         self.models[name] = model
         return model
+
+    def _breaker(self, store: Store) -> Breaker:
+        """Return the one breaker of the store, whichever model it is of."""
+        identity = identity_of(store)
+        breaker = self._breakers.get(identity)
+        if breaker is None:
+            gauge = partial(self._metrics.note_breaker, store.url)
+            breaker = self._breakers[identity] = Breaker(trio.current_time, changed=gauge)
+        return breaker
 
     def add_namespace(self, pattern: str) -> None:
         """Show the on-demand namespace of `pattern`, one of `NAMESPACES`, and find what it `permits`."""
@@ -344,15 +382,21 @@ class Catalog:
     async def _resolve(self, model: Model, *, seconds: float) -> None:
         """Ask the store for a snapshot, and show it if it is new; retry failures for `seconds`."""
         async with self._slots, model.lock:
-            store = model.source.store
-            listed = await retrying(store.snapshot, trio.current_time() + seconds)
-            self._metrics.resolutions.labels(model.source.scheme).inc()
-            snapshot = await self._faces.shown(model.name, model.source, model.face, listed)
-            model.is_for_ollama = await self._faces.is_for_ollama(model.source, snapshot)
-            known = model.listed
+            known = model.listed or model.source.snapshot  # shown, or on disk and about to be
+            ask = partial(answering, model.source.chain, model.source if known else None)
+            listed: Snapshot | None  # None: it is on the disk
+            source, listed, snapshot = await retrying(ask, trio.current_time() + seconds)
+            if source is not model.source and known is not None:
+                if await trio.to_thread.run_sync(same_content, known, snapshot):  # no new inodes
+                    source, listed, snapshot = model.source, None, known
+                else:
+                    log.warning("%s: %s answers now, not %s", model.name, source.url, model.source.url)
+            is_for_ollama = await self._faces.is_for_ollama(source, snapshot)
+            model.source, model.is_for_ollama = source, is_for_ollama
             model.why, model.state, model.offline = None, "ready", False
             model.resolved_at = time.time()
-            if known is None or known.revision != snapshot.revision or known.entries != snapshot.entries:
+            shown = model.listed
+            if shown is None or shown.revision != snapshot.revision or shown.entries != snapshot.entries:
                 model.before = model.snapshot if model.repositories else None
                 await self._present(model, snapshot)
                 await self._save(model, listed)  # first: a successor must know what the kernel has seen
@@ -462,31 +506,40 @@ class Catalog:
     # -- snapshots on disk -----------------------------------------------------------------------------
 
     async def _load(self, model: Model) -> tuple[Snapshot, float] | None:
-        saved = await trio.to_thread.run_sync(self._snapshots.load, model.source.identity)
-        if saved is None:
-            return None
-        shown = await self._shown_of_disk(model, saved[0])
-        return (shown, saved[1]) if shown else None
+        """Return the snapshot that was shown last, and when it was resolved; `source` is its store then."""
+        latest: tuple[Snapshot, float] | None = None
+        for source in model.source.chain:
+            saved = await trio.to_thread.run_sync(self._snapshots.load, source.identity)
+            if saved is None:
+                continue
+            listed, resolved_at = saved
+            shown = await self._shown_of_disk(model, source, listed)
+            if shown is not None:
+                source.snapshot = shown
+                if latest is None or resolved_at > latest[1]:
+                    latest, model.source = (shown, resolved_at), source
+        return latest
 
     async def _load_more(self, model: Model, snapshot: Snapshot) -> None:
         """Know of a model with a `snapshot` from disk what other layouts show of it."""
         model.is_for_ollama = await self._faces.is_for_ollama(model.source, snapshot, offline=True)
         if model.repositories:
             past = await trio.to_thread.run_sync(self._snapshots.past, model.source.identity)
-            model.before = await self._shown_of_disk(model, past) if past else None
+            model.before = await self._shown_of_disk(model, model.source, past) if past else None
 
-    async def _shown_of_disk(self, model: Model, snapshot: Snapshot) -> Snapshot | None:
+    async def _shown_of_disk(self, model: Model, source: Source, snapshot: Snapshot) -> Snapshot | None:
         try:
-            return await self._faces.shown(model.name, model.source, model.face, snapshot, offline=True)
+            return await self._faces.shown(model.name, source, model.face, snapshot, offline=True)
         except StoreError as error:
             log.warning("%s: the snapshot on disk cannot be used: %s", model.name, error)
             return None
 
-    async def _save(self, model: Model, listed: Snapshot) -> None:
+    async def _save(self, model: Model, listed: Snapshot | None) -> None:
         """Keep what the store listed, not what is shown of it: models that differ in that may share it."""
-        await trio.to_thread.run_sync(
-            self._snapshots.save, model.source.identity, listed, model.resolved_at or 0.0
-        )
+        if listed is not None:
+            await trio.to_thread.run_sync(
+                self._snapshots.save, model.source.identity, listed, model.resolved_at or 0.0
+            )
 
     async def recall(self, inos: set[int]) -> None:
         """Let the tree know nodes again that left it before this process began, as far as they are on disk.
@@ -501,13 +554,15 @@ class Catalog:
 
     def _past(self, model: Model, inos: set[int]) -> list[Node]:
         """Return those files of the snapshot before the present one that have these numbers."""
-        past = self._snapshots.past(model.source.identity)
-        if past is None:
-            return []
-        entries = (entry for entry in past.entries.values() if entry.kind != "directory")
-        plain = (leaf(model.name, entry, model) for entry in entries)
-        packed = (node for _, node in artifact(model, model.source.url, past))
-        return [node for node in chain(plain, packed) if node.ino in inos]
+        found: list[Node] = []
+        for source in model.source.chain:
+            shown = source.snapshot if source is not model.source else None
+            for snapshot in filter(None, (self._snapshots.past(source.identity), shown)):
+                entries = (entry for entry in snapshot.entries.values() if entry.kind != "directory")
+                plain = (leaf(model.name, entry, model) for entry in entries)
+                packed = (node for _, node in artifact(model, source.url, snapshot))
+                found += (node for node in chain(plain, packed) if node.ino in inos)
+        return found
 
     async def _remember_found(self) -> None:
         """Note what was found on demand, for a successor."""
@@ -652,7 +707,7 @@ class Catalog:
             StoreError: the bytes that decide about that cannot be had.
 
         """
-        source, snapshot = node.model.source, node.model.snapshot
+        source, snapshot = node.model.source_of(node.entry), node.model.snapshot
         await self._screen.admit(source, node.entry, node.model.pickles)
         keep = self._fetcher.keeps_pages(source, node.entry)
         shard = following(node.entry.path)
@@ -661,7 +716,7 @@ class Catalog:
 
     def cached_bytes(self, model: Model, entry: Entry) -> int:
         """Return how many bytes of `entry` are in the cache."""
-        return self._cache.cached_bytes(model.source.key(entry), entry.size)
+        return self._cache.cached_bytes(model.source_of(entry).key(entry), entry.size)
 
     def subjects(self, name: str | None = None) -> list[Subject]:
         """Return what is cached of one model, or everything that is cached, to be read again.
@@ -683,14 +738,15 @@ class Catalog:
     def attributes(self, node: File[Model]) -> dict[str, Callable[[], str]]:
         """Return the extended attributes of a file: name → function that returns the value."""
         entry, model = node.entry, node.model
+        source = model.source_of(entry)
         found: dict[str, Callable[[], str]] = {
-            "user.modelfs.source": partial(str, model.source.url),
+            "user.modelfs.source": partial(str, source.url),
             "user.modelfs.version": partial(str, entry.version),
             "user.modelfs.cached_bytes": lambda: str(self.cached_bytes(model, entry)),
         }
         if entry.digest is not None:
             found[f"user.modelfs.{entry.digest.algorithm}"] = partial(str, entry.digest.value)
-        imports = self._screen.imports(model.source, entry)
+        imports = self._screen.imports(source, entry)
         if imports is not None:
             found["user.modelfs.pickle"] = lambda: imports.suspicion or "harmless"
         return found
@@ -702,6 +758,7 @@ class Catalog:
         return {
             "name": model.name,
             "source": model.source.url,
+            "sources": standing(model.source),
             "state": model.state,
             "why": model.why,
             "revision": snapshot.revision if snapshot else None,

@@ -80,6 +80,7 @@ class Metrics:
         self.fetched_bytes = counter("fetched_bytes", "Body bytes received from stores", "scheme")
         self.requests = counter("store_requests", "Data requests sent to stores", "scheme")
         self.retries = counter("store_retries", "Data requests sent again after a failure", "scheme")
+        self.fallbacks = counter("fallbacks", "Times a flight went on at another store", "from", "to")
         self.store_errors = counter("store_errors", "Failures of stores", "scheme", "kind")
         self.read_errors = counter("read_errors", "Errors given to readers", "kind")
         self.resolutions = counter("resolutions", "Snapshots resolved at stores", "scheme")
@@ -90,6 +91,12 @@ class Metrics:
         self.cache_errors = counter("cache_errors", "Failed operations on the cache disk")
         self.fuse_requests = counter("fuse_requests", "Requests from the kernel", "operation")
         self.open_handles = Gauge("modelfs_open_handles", "Open files", registry=self.registry)
+        self.breaker = Gauge(
+            "modelfs_breaker_state",
+            "Circuit breaker of a store that failed since the start: 0 closed, 1 half-open, 2 open",
+            ["store"],
+            registry=self.registry,
+        )
         self.fetch_seconds = Histogram(
             "modelfs_fetch_seconds",
             "Seconds one data request took, from sending it to its last byte",
@@ -99,6 +106,10 @@ class Metrics:
         )
         self.loop_lag = LoopLag()
         self.registry.register(self.loop_lag)
+
+    def note_breaker(self, store: str, state: str) -> None:
+        """Set the gauge of a breaker."""
+        self.breaker.labels(store).set(("closed", "half-open", "open").index(state))
 
     def value(self, name: str, **labels: str) -> float:
         """Return the sum of all samples of family `name` whose labels include `labels`; 0 if there is none.

@@ -22,6 +22,15 @@ _DOCUMENT: dict[str, Any] = {
         {
             "name": "finbert",
             "source": "hf://ProsusAI/finbert@main",
+            "sources": [
+                {
+                    "url": "s3://mirror/",
+                    "state": "failing",
+                    "serving": False,
+                    "why": "s3://mirror/: no answer",
+                },
+                {"url": "hf://ProsusAI/finbert@main", "state": "ready", "serving": True, "why": None},
+            ],
             "state": "ready",
             "why": None,
             "revision": "4556d13015211d73dccd3fdd39d39232506f3e43",
@@ -40,6 +49,14 @@ _DOCUMENT: dict[str, Any] = {
         {
             "name": "gone",
             "source": "s3://nobody/gone",
+            "sources": [
+                {
+                    "url": "s3://nobody/gone",
+                    "state": "failing",
+                    "serving": True,
+                    "why": "s3://nobody/gone: no such bucket: check the name",
+                }
+            ],
             "state": "unavailable",
             "why": "s3://nobody/gone: no such bucket: check the name",
             "revision": None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,8 @@ import trio
 import modelfs.catalog
 from modelfs.cache import Cache
 from modelfs.catalog import Catalog
-from modelfs.errors import Unavailable
+from modelfs.errors import NotFound, Unavailable
+from modelfs.fetch.chain import standing
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
 from modelfs.lockfile import Lock, LockedModel
@@ -28,23 +29,38 @@ from modelfs.views.filters import filtered
 
 
 class Shelf:
-    """A store in memory that can be out of reach and pins its files by their length: weakly, like an ETag."""
+    """A store in memory that can be out of reach and pins its files weakly, like an ETag, or by digests."""
 
-    def __init__(self, url: str, files: Mapping[str, bytes], identity: str | None = None) -> None:
+    def __init__(
+        self, url: str, files: Mapping[str, bytes], identity: str | None = None, *, digests: bool = False
+    ) -> None:
         self.url = url
         self.identity = identity or url
         self.files = files
         self.reachable = True
+        self.gone = False
+        self.digests = digests
+        self.listed = self.located = 0
 
     async def snapshot(self) -> Snapshot:
         if not self.reachable:
             raise Unavailable(f"{self.url} is out of reach")
-        return Snapshot.of(self.url, "", [Entry(path, len(data), "1") for path, data in self.files.items()])
+        self.listed += 1
+        if self.gone:
+            raise NotFound(f"{self.url} does not exist")
+        return Snapshot.of(self.url, "", [self._entry(path, data) for path, data in self.files.items()])
+
+    def _entry(self, path: str, data: bytes) -> Entry:
+        digest = Digest("sha256", sha256(data).hexdigest()) if self.digests else None
+        return Entry(path, len(data), f"1 at {self.url}" if self.digests else "1", digest)
 
     async def entry(self, path: str) -> Entry:
         return entry_in(await self.snapshot(), path)
 
     async def locate(self, entry: Entry) -> Location:
+        if not self.reachable:
+            raise Unavailable(f"{self.url} is out of reach")
+        self.located += 1
         return Location.inline(self.files[entry.path])
 
 
@@ -54,13 +70,14 @@ async def catalog(
     monkeypatch: pytest.MonkeyPatch,
     stores: Mapping[str, Shelf],
     *,
+    fallbacks: Mapping[str, Sequence[str]] | None = None,
     limit: int | None = None,
     pinned: frozenset[str] = frozenset(),
     face: Face | None = None,
     lock: Lock | None = None,
     told: list[Change] | None = None,
 ) -> AsyncIterator[tuple[Catalog, Cache]]:
-    """A started catalog with one model for each of `stores`.
+    """A started catalog with one model for each of `stores` that is not among the `fallbacks` of another.
 
     With `told` it takes a mount over, and that gets what it has the kernel look up anew.
     """
@@ -80,8 +97,10 @@ async def catalog(
         async with trio.open_nursery() as nursery:
             fetcher = Fetcher(nursery, cache, client, metrics)
             own = Catalog(Tree(), cache, fetcher, metrics, lambda url: {}, changed, lock)
-            for name in stores:
-                own.add(name, name, {}, pinned=name in pinned, face=face)
+            behind = fallbacks or {}
+            for name in stores.keys() - {url for urls in behind.values() for url in urls}:
+                others = [(url, {}) for url in behind.get(name, ())]
+                own.add(name, name, {}, fallbacks=others, pinned=name in pinned, face=face)
             await own.start(nursery, keep_going=True, at_once=told is not None)
             yield own, cache
             nursery.cancel_scope.cancel()
@@ -312,5 +331,137 @@ def test_who_takes_a_mount_over_tells_what_its_predecessor_may_not_have_told(
         async with catalog(tmp_path, monkeypatch, {"m": shelf}, told=told) as (own, _):
             directory = node_at(own, "m", "d").ino
         assert {Change(directory, "old"), Change(directory, "new")} <= {*told}
+
+    run(test)
+
+
+# -- fallback chains
+
+
+def pair(files: Mapping[str, bytes], others: Mapping[str, bytes], *, digests: bool) -> dict[str, Shelf]:
+    """Return the model ``a``, and the store ``b`` to be behind it."""
+    return {
+        "a": Shelf("memory://a", files, digests=digests),
+        "b": Shelf("memory://b", others, digests=digests),
+    }
+
+
+BEHIND = {"a": ["b"]}
+
+
+def serving(own: Catalog) -> list[tuple[str, bool]]:
+    return [(row["state"], row["serving"]) for row in standing(own.models["a"].source)]
+
+
+def test_the_next_store_gives_its_snapshot_while_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = pair({"w": b"1"}, {"w": b"two"}, digests=False)
+    stores["a"].reachable = False
+
+    async def test() -> None:
+        async with catalog(tmp_path, monkeypatch, stores, fallbacks=BEHIND) as (own, _):
+            assert await content(own, "a", "w") == b"two"
+            report = await own.report(own.models["a"])
+            assert (report["source"], report["why"], report["offline"]) == ("memory://b", None, False)
+            assert serving(own) == [("failing", False), ("ready", True)]
+            assert "out of reach" in report["sources"][0]["why"]
+            node: Any = node_at(own, "a", "w")
+            stores["a"].reachable = True
+            await own.refresh("a")
+            assert await content(own, "a", "w") == b"1"
+            assert serving(own) == [("ready", True), ("ready", False)]
+            # What was open or known before stays what it was.
+            reader, _ = await own.open(node)
+            assert bytes(await reader.read(0, 3)) == b"two"
+            reader.close()
+            assert own.attributes(node)["user.modelfs.source"]() == "memory://b"
+
+    run(test)
+
+
+def test_an_outage_keeps_the_snapshot_and_reads_through_the_next_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = pair({"v": b"1", "w": b"2"}, {"w": b"2", "x": b"3"}, digests=True)
+
+    async def test() -> None:
+        async with catalog(tmp_path, monkeypatch, stores, fallbacks=BEHIND) as (own, _):
+            before = node_at(own, "a", "w").ino
+            stores["a"].reachable = False
+            await own.refresh("a")
+            assert stores["b"].listed == 0
+            assert await content(own, "a", "w") == b"2"
+            assert (stores["b"].listed, stores["b"].located) == (1, 1)
+            assert node_at(own, "a", "w").ino == before
+            assert own.models["a"].source.url == "memory://a"
+            assert "out of reach" in str(own.models["a"].why)
+
+    run(test)
+
+
+def test_an_offline_start_shows_what_was_shown_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = pair({"w": b"1"}, {"w": b"two"}, digests=False)
+
+    async def test() -> None:
+        for first_reachable, expected in ((True, b"1"), (False, b"two")):
+            stores["a"].gone = not first_reachable
+            async with catalog(tmp_path, monkeypatch, stores, fallbacks=BEHIND) as (own, _):
+                assert await content(own, "a", "w") == expected
+            for store in stores.values():
+                store.reachable = False
+            async with catalog(tmp_path, monkeypatch, stores, fallbacks=BEHIND) as (own, _):
+                assert own.models["a"].offline
+                assert await content(own, "a", "w") == expected
+            for store in stores.values():
+                store.reachable = True
+
+    run(test)
+
+
+def test_a_first_store_that_is_gone_for_good_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = pair({"w": b"1"}, {"w": b"two"}, digests=False)
+
+    async def test() -> None:
+        async with catalog(tmp_path, monkeypatch, stores, fallbacks=BEHIND) as (own, _):
+            stores["a"].gone = True
+            await own.refresh("a")
+            assert await content(own, "a", "w") == b"two"
+
+    run(test)
+
+
+def test_equal_content_of_another_store_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = pair({"w": b"1"}, {"w": b"1"}, digests=True)
+
+    async def test() -> None:
+        async with catalog(tmp_path, monkeypatch, stores, fallbacks=BEHIND) as (own, _):
+            before = node_at(own, "a", "w").ino
+            for gone in (True, False):
+                stores["a"].gone = gone
+                await own.refresh("a")
+                assert node_at(own, "a", "w").ino == before
+                assert own.models["a"].source.url == "memory://a"
+                assert own.models["a"].why is None
+            stores["a"].files = {"w": b"new"}
+            await own.refresh("a")
+            assert await content(own, "a", "w") == b"new"
+
+    run(test)
+
+
+def test_models_of_one_store_share_its_breaker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf("memory://x", {})
+    stores = {"a": shelf, "b": shelf, "c": Shelf("memory://x", {}, "memory://x elsewhere")}
+
+    async def test() -> None:
+        async with catalog(tmp_path, monkeypatch, stores) as (own, _):
+            a, b, c = (own.models[name].source.breaker for name in "abc")
+            assert a is b
+            assert a is not c
 
     run(test)

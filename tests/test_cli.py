@@ -176,7 +176,7 @@ def test_the_exit_codes_are_documented() -> None:
         (["empty", "--config", "none.yaml"], 3, r"none.yaml: cannot be read: No such file"),
         (["empty", "--config", "bad.yaml"], 3, r"bad.yaml:2: unknown key 'cach'; did you mean 'cache'\?$"),
         (["empty", "--source", "x"], 3, r"--source: write it as NAME=URL"),
-        (["empty", "--source", "a=file:///x", "--source", "a=file:///y"], 3, r"'a': it is there twice"),
+        (["empty", "--source", "a=file:///x", "--source", "a=file:///x"], 3, r"'a': a store is there twice"),
         (["empty", "--source", "../a=file:///x"], 3, r"model name '../a': it holds the component '..'"),
         (["empty", "--source", "a=nope://x"], 3, r"unknown scheme nope://: known are .*s3"),
         (["empty", "--source", "a=file://host/x"], 3, r"names the host 'host'"),
@@ -440,6 +440,7 @@ def test_a_status_says_everything_that_matters() -> None:
 MODEL    STATE        REVISION      FILES       SIZE         CACHED  SOURCE
 finbert  ready        4556d1301521      9  953.7 MiB  238.4 MiB 25%  hf://ProsusAI/finbert@main
 gone     unavailable  -                 -          -              -  s3://nobody/gone
+finbert: s3://mirror/ is failing (s3://mirror/: no answer); hf://ProsusAI/finbert@main serves
 finbert: pytorch_model.bin is a suspicious pickle: it imports posix.system
 finbert: 12 files of the store hidden by its filters
 finbert: 2 paths of the store cannot be shown: modelfs ls --long says which

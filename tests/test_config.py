@@ -198,6 +198,30 @@ models:
     )
 
 
+def test_a_list_of_stores_is_a_chain_each_with_options_of_its_own() -> None:
+    text = """
+models:
+  a:
+    source:
+      - fake://a
+      - {source: "fake://b/x", options: {retries: 2}}
+      - fake://c
+    pin: true
+  b: [{source: "fake://b/x"}, fake://a]
+stores:
+  "fake://b/": {profile: p}
+"""
+    settings = loaded(text, sources=["c=fake://1", "d=fake://2", "c=fake://b/3"])
+    first, second, third, fourth = settings.models
+    assert first.sources == ("fake://a", "fake://b/x", "fake://c")
+    assert first.options == {}
+    assert first.fallbacks == (("fake://b/x", {"profile": "p", "retries": 2}), ("fake://c", {}))
+    assert (second.options, second.fallbacks) == ({"profile": "p"}, (("fake://a", {}),))
+    assert (third.sources, third.fallback_options) == (("fake://1", "fake://b/3"), ({"profile": "p"},))
+    assert (fourth.sources, fourth.fallbacks) == (("fake://2",), ())
+    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
 def test_settings_survive_the_way_to_the_daemon() -> None:
     text = MODEL + "stores: {'fake://': {headers: {a: [1, null, 2.5]}}}\ncache: {min_free: 0%}\nlog_file: l\n"
     for settings in (
@@ -214,7 +238,8 @@ def test_settings_that_an_older_modelfs_wrote_are_completed() -> None:
     written = loaded(MODEL).to_json()
     for name in ("scrub", "locked", "lock"):
         del written[name]
-    del written["models"][0]["face"]
+    for model in written["models"]:
+        del model["face"], model["fallback_options"]
     settings = Settings.from_json(json.loads(json.dumps(written)))
     assert (settings.scrub, settings.locked) == (20 * 1024**2, False)
     assert settings.models[0].face == Face()
@@ -453,9 +478,33 @@ WRONG: Mapping[str, tuple[str | bytes, str]] = {
         r"modelfs\.yaml:1: source: '5' is not text: put it in q",
     ),
     "no sources": ("models: {a: []}\n", r"modelfs\.yaml:1: model 'a': source: the list is empty"),
-    "a chain": (
-        "models:\n  a:\n    source: ['fake://a', 'fake://b']\n",
-        r"modelfs\.yaml:3: model 'a': source: fallback chains are not supported yet: name one source",
+    "a chain with options of nobody": (
+        "models:\n  a:\n    source: ['fake://a', 'fake://b']\n    options: {profile: hush}\n",
+        r"modelfs\.yaml:4: model 'a': options: say for which store: write 'source: \[\{source: URL, opt",
+    ),
+    "a store twice": (
+        "models:\n  a: ['fake://a?hush', 'fake://b', 'fake://a?hush']\n",
+        r"modelfs\.yaml:2: model 'a': source: a store is there twice: remove one of them",
+    ),
+    "a fallback that is no URL": (
+        "models:\n  a: [fake://a, b]\n",
+        r"modelfs\.yaml:2: model 'a': 'b' is not a store URL",
+    ),
+    "a fallback that is a list": (
+        "models:\n  a: [fake://a, [fake://b]]\n",
+        r"modelfs\.yaml:2: source: a list is not text",
+    ),
+    "a fallback without a source": (
+        "models:\n  a:\n    - fake://a\n    - options: {retries: 1}\n",
+        r"modelfs\.yaml:2: model 'a': source: an entry of the list has no source: write 'source: URL'",
+    ),
+    "an option of a fallback": (
+        "models:\n  a:\n    - fake://a\n    - source: fake://b\n      options: {endpiont: hush}\n",
+        r"modelfs\.yaml:5: fake://b: unknown option 'endpiont'",
+    ),
+    "a key of a fallback": (
+        "models:\n  a:\n    - source: fake://a\n      pin: true\n",
+        r"modelfs\.yaml:4: unknown key 'pin'",
     ),
     "pin": ("models: {a: {source: 'fake://a', pin: 3}}\n", r"modelfs\.yaml:1: pin: '3' is neither"),
     "no URL": ("models:\n  a: /srv/a\n", r"modelfs\.yaml:2: model 'a': '/srv/a' is not a store URL"),
@@ -554,7 +603,7 @@ def test_a_name_is_refused_twice_across_file_and_flags() -> None:
         message == "--source: model name 'm': it is there twice, first at modelfs.yaml:1: rename one of them"
     )
     Path("modelfs.yaml").unlink()
-    assert "twice, first at --source" in refused(sources=["m=fake://a", "m=fake://a"])
+    assert "'m': a store is there twice" in refused(sources=["m=fake://a", "m=fake://b", "m=fake://a"])
 
 
 @pytest.mark.parametrize("text", ["finbert", "finbert=", "hf://org/name?x=hush"])

@@ -501,7 +501,7 @@ def check(
         names.setdefault(redact(prefix), set()).update(options)
     data["store_options"] = {prefix: sorted(options) for prefix, options in names.items()}
     for model in data["models"]:
-        model["options"] = sorted(model["options"])
+        model["options"] = sorted({*model["options"]}.union(*model.pop("fallback_options")))
         model["sources"] = [redact(url) for url in model["sources"]]
     if as_json:
         _print_json(data)

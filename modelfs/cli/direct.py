@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from modelfs.cache import Cache
 from modelfs.config import CacheSettings, Settings
 from modelfs.errors import CacheUnusable, ConfigError, StoreError, unwrapped
 from modelfs.fetch import scrub
+from modelfs.fetch.chain import answering
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
-from modelfs.fetch.source import Source, retrying
+from modelfs.fetch.source import Source, chained, retrying
 from modelfs.lockfile import Lock, LockedModel
 from modelfs.metrics import Metrics
 from modelfs.stores import open_store
@@ -87,9 +89,11 @@ async def _lock(settings: Settings, progress: Progress, download: bool) -> Lock:
     metrics = Metrics()
     found: dict[str, tuple[Source, Snapshot]] = {}
     for model in settings.models:
-        source = Source(open_store(model.sources[0], model.options), metrics)
+        stores = ((model.sources[0], model.options), *model.fallbacks)
+        chain = chained([Source(open_store(*each), metrics) for each in stores]).chain
         with _naming(model.name):
-            snapshot = await retrying(source.store.snapshot, trio.current_time() + RESOLVE_SECONDS)
+            ask = partial(answering, chain, None)
+            source, snapshot, _ = await retrying(ask, trio.current_time() + RESOLVE_SECONDS)
         if not snapshot.complete:
             raise ConfigError(f"model {model.name}: {snapshot.url} is too large to list: lock a part of it")
         found[model.name] = source, await trio.to_thread.run_sync(filtered, model.face, snapshot)

@@ -149,6 +149,8 @@ def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
     for model in found:
         if model["why"]:
             out.print(f"{printable(model['name'])}: {printable(model['why'])}")
+        if len(model.get("sources", ())) > 1:  # an older daemon does not tell
+            out.print(f"{printable(model['name'])}: {'; '.join(map(_link, model['sources']))}")
         for path, why in model.get("suspicious", {}).items():  # an older daemon does not tell
             out.print(
                 f"{printable(model['name'])}: {printable(path)} is a suspicious pickle: {printable(why)}"
@@ -162,6 +164,13 @@ def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
                 f"{printable(model['name'])}: {paths} of the store cannot be shown: "
                 "modelfs ls --long says which"
             )
+
+
+def _link(source: Mapping[str, Any]) -> str:
+    """Return what a store of a chain does, and why."""
+    role = "serves" if source["serving"] else f"is {source['state']}"
+    why = f" ({printable(source['why'])})" if source["why"] else ""
+    return f"{printable(source['url'])} {role}{why}"
 
 
 def _on_demand(namespaces: Sequence[str]) -> str:

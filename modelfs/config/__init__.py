@@ -98,8 +98,9 @@ class ModelSettings:
 
     Attributes:
         name: ``NAME`` or ``ORG/NAME``, its directory in the mount.
-        sources: store URLs, in the order they are tried; exactly one for now.
-        options: for the store: those of its URL prefixes, then the model's own. May hold secrets.
+        sources: store URLs, in the order they are tried.
+        options: for the first store: those of its URL prefixes, then the model's own. May hold secrets.
+        fallback_options: the same for each of the stores after it.
         optional: the mount succeeds although the model cannot be resolved.
         pin: its content is never evicted from the cache.
         pickles: ``allow``, ``warn`` or ``deny``: what becomes of suspicious ones.
@@ -114,13 +115,20 @@ class ModelSettings:
     pin: bool = False
     pickles: PicklePolicy = "allow"
     face: Face = field(default_factory=Face)
+    fallback_options: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+
+    @property
+    def fallbacks(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        """URL and options of each store after the first."""
+        return tuple(zip(self.sources[1:], self.fallback_options, strict=True))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSettings:
         """Return the settings that `Settings.to_json` wrote of a model."""
         face = data.get("face", {})
         globs = {name: tuple(face[name]) for name in face if isinstance(face[name], list)}
-        return cls(**{**data, "sources": tuple(data["sources"]), "face": Face(**{**face, **globs})})
+        lists = {name: tuple(data.get(name, ())) for name in ("sources", "fallback_options")}
+        return cls(**{**data, **lists, "face": Face(**{**face, **globs})})
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,14 +443,16 @@ def _models(
     for name, place, model in [*_models_of_file(document), *_models_of_flags(sources)]:
         _refuse_name(name, place, places)
         places[name] = place
-        url = model["sources"][0]
-        try:
-            layers = [stores[prefix] for prefix in _covering(url, stores)]
-        except ConfigError as error:
-            raise ConfigError(f"{place}: model {quoted(name)}: {error}") from None
-        own, own_place = model.pop("own"), model.pop("own_place")
-        options = _open(url, [*layers, (own, own_place)], f"{place}: model {quoted(name)}")
-        models.append(ModelSettings(name=name, options=options, **{"pickles": pickles, **model}))
+        options = []
+        for url, own in zip(model["sources"], model.pop("own"), strict=True):
+            try:
+                layers = [stores[prefix] for prefix in _covering(url, stores)]
+            except ConfigError as error:
+                raise ConfigError(f"{place}: model {quoted(name)}: {error}") from None
+            options.append(_open(url, [*layers, own], f"{place}: model {quoted(name)}"))
+        first, *others = options
+        chosen = {"pickles": pickles, "options": first, "fallback_options": tuple(others), **model}
+        models.append(ModelSettings(name=name, **chosen))
     return tuple(models)
 
 
@@ -459,17 +469,10 @@ def _models_of_file(document: Mapped) -> Iterator[tuple[str, str, dict[str, Any]
         refuse_unknown(body, {"source", "options", "optional", "pin", "pickles", *_FACE})
         if "source" not in body:
             raise ConfigError(f"{place}: model {quoted(name)} has no source: write 'source: URL'")
-        source = body["source"]
-        urls = source if isinstance(source, list) else [source]
-        if len(urls) != 1:
-            reason = "fallback chains are not supported yet" if urls else "the list is empty"
-            raise ConfigError(
-                f"{body.place('source')}: model {quoted(name)}: source: {reason}: name one source"
-            )
+        chain = _chain(name, place, body)
         fields: dict[str, Any] = {
-            "sources": (read_at(body, "source", parse_text, urls[0]),),
-            "own": options_at(body, "options"),
-            "own_place": body.place("options") if "options" in body else place,
+            "sources": tuple(url for url, _ in chain),
+            "own": [own for _, own in chain],
         }
         for key in ("optional", "pin"):
             if key in body:
@@ -484,12 +487,46 @@ def _models_of_file(document: Mapped) -> Iterator[tuple[str, str, dict[str, Any]
         yield name, place, fields
 
 
+def _chain(name: str, place: str, body: Mapped) -> list[tuple[str, tuple[dict[str, Any], str]]]:
+    """Return URL, and own options with their place, of each store of the model `name`, in their order."""
+    source = body["source"]
+    links = source if isinstance(source, list) else [source]
+    at = f"{body.place('source')}: model {quoted(name)}: source"
+    if not links:
+        raise ConfigError(f"{at}: the list is empty: name one source")
+    if "options" in body and len(links) > 1:
+        raise ConfigError(
+            f"{body.place('options')}: model {quoted(name)}: options: say for which store: "
+            "write 'source: [{source: URL, options: {…}}, …]'"
+        )
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    for link in links:
+        if isinstance(source, list) and isinstance(link, Mapped):
+            refuse_unknown(link, {"source", "options"})
+            if "source" not in link:
+                raise ConfigError(f"{at}: an entry of the list has no source: write 'source: URL'")
+            part, url = link, link["source"]
+        else:
+            part, url = body, link
+        url = read_at(part, "source", parse_text, url)
+        if url in found:
+            raise ConfigError(f"{at}: a store is there twice: remove one of them")
+        found[url] = options_at(part, "options"), part.place("options") if "options" in part else place
+    return list(found.items())
+
+
 def _models_of_flags(sources: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    chains: dict[str, list[str]] = {}
     for text in sources:
         name, separator, url = text.partition("=")
         if not separator or not url or "://" in name:
             raise ConfigError("--source: write it as NAME=URL, for example finbert=hf://ProsusAI/finbert")
-        yield name, "--source", {"sources": (url,), "own": {}, "own_place": "--source"}
+        chain = chains.setdefault(name, [])
+        if url in chain:
+            raise ConfigError(f"--source: model {quoted(name)}: a store is there twice: remove one of them")
+        chain.append(url)
+    for name, urls in chains.items():
+        yield name, "--source", {"sources": tuple(urls), "own": [({}, "--source")] * len(urls)}
 
 
 def _refuse_name(name: str, place: str, places: Mapping[str, str]) -> None:

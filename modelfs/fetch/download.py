@@ -10,6 +10,7 @@ import trio
 
 from modelfs.cache import CacheObject, Verifier
 from modelfs.errors import Corrupt, ModelfsError
+from modelfs.fetch.chain import Copies
 from modelfs.fetch.planner import Priority, Step, Stream, plan
 from modelfs.fetch.source import Feed, Source
 from modelfs.types import Digest, Entry, Span, block_count, block_span
@@ -111,6 +112,7 @@ class Download:
         self.source = source
         self.entry = entry
         self.object = cached
+        self.copies = Copies(source, entry, cached.key)
         self.digest: Digest | None = entry.digest
         self.readers = 0
         self.demand: dict[int, int] = {}
@@ -122,6 +124,8 @@ class Download:
         self.paused_until = -math.inf
         self.no_ranges = False
         self.error: Corrupt | None = None
+        self.doubted = False
+        self.era = 0
         self.verifier: Verifier | None = None
         self.verifying = False
         self.checking = False
@@ -131,6 +135,7 @@ class Download:
         self.left = trio.Event()
         self.closed = False
         self._shown = frozenset(block for block in self.blocks if cached.has(block))
+        self.seen = bool(self._shown)
         self._changed = trio.lowlevel.ParkingLot()
 
     @property
@@ -150,7 +155,7 @@ class Download:
         last that was not shown yet, if all others are there, so that the check is about to be made.
         """
         cached = self.object
-        if not cached.covers(span):
+        if self.doubted or not cached.covers(span):
             return False
         if self.digest is None or cached.verified:
             return True
@@ -214,6 +219,19 @@ class Download:
         if first.start == whole.start:
             cuts = [whole]
         return [part for cut in cuts for gap in self.object.gaps(block) if (part := gap & cut)]
+
+    def withhold(self) -> bool:
+        """Show nothing from now on, unless a reader got a byte that may be wrong; return whether it is so."""
+        if self.seen:
+            return False
+        self.doubted = True
+        self.era += 1
+        return True
+
+    def start_over(self) -> None:
+        """Take what comes from now on for other content than what was withheld."""
+        self.doubted = self.no_ranges = False
+        self._shown = frozenset()
 
     def wake(self) -> None:
         """Let every waiting reader look again; each says anew what it needs."""

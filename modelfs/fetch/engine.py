@@ -435,13 +435,33 @@ class Fetcher:
         verdict = None
         while verdict is None and (verifier.hashed == 0 or download.object.has(verifier.hashed // BLOCK)):
             verdict = await trio.to_thread.run_sync(verifier.advance, limiter=self.disk)
-        download.verifying = False
-        if verdict is False:
+        if verdict is False and not await self._begin_again(download):
             await self._condemn(download)
-        elif verdict:
+        download.verifying = False
+        if verdict:
             self._start_verifying(download)  # unless it is verified now
         download.wake()
         self._retire(download)
+
+    async def _begin_again(self, download: Download) -> bool:
+        """Discard wrong content that nobody saw and fetch it from the next store that has it; False if not.
+
+        Whoever was shown a part of it must get an error: what follows would not fit to that.
+        """
+        if not download.copies.blame() or not download.withhold():
+            return False
+        if await download.copies.other(download.digest, ()) is None:
+            return False
+        log.warning("%s: the bytes do not have the published digest: trying the next store", _where(download))
+        flights = {*download.flights.values(), *download.express.values()}
+        for flight in flights:
+            flight.scope.cancel()
+        while download.flights or download.express:
+            await download.changed()
+        await trio.to_thread.run_sync(download.object.discard, limiter=self.disk)
+        download.start_over()
+        self._nursery.start_soon(self._pump_later)
+        return True
 
     async def distrust(self, key: str, *, discard: bool) -> None:
         """Act on bad bytes that were found in the object `key`, whose blocks have been dropped.
@@ -469,12 +489,16 @@ class Fetcher:
 
     async def _condemn(self, download: Download) -> None:
         download.error = Corrupt(
-            f"{download.source.url}: {download.entry.path}: the bytes do not have the published digest "
+            f"{_where(download)}: the bytes do not have the published digest "
             f"{download.digest}; they were discarded and the next open fetches them again"
         )
         log.error("%s", download.error)
         self._tainted.add(download.object.key)
         await trio.to_thread.run_sync(download.object.discard, limiter=self.disk)
+
+
+def _where(download: Download) -> str:
+    return f"{download.source.url}: {download.entry.path}"
 
 
 def _order(download: Download) -> str:

@@ -139,6 +139,7 @@ class Reader:
         return bool(span) and self._serves(span)
 
     def _served(self, span: Span, *, hit: bool) -> None:
+        self._download.seen |= bool(span) and not self._download.object.verified
         self._fetcher.metrics.read_bytes.inc(len(span))
         if hit:
             self._fetcher.metrics.hit_bytes.inc(len(span))
@@ -181,10 +182,11 @@ class Reader:
         download = self._download
         with trio.move_on_after(self._fetcher.deadline):
             while True:
+                era = download.era
                 if not download.serves(span):
                     await self._arrival(span)
                 taken = await take(span)
-                if taken is not None:
+                if taken is not None and era == download.era:
                     return taken
         raise download.source.unavailable(
             f"{download.entry.path} {span.start}-{span.stop}", self._fetcher.deadline

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import trio
 
 from modelfs.cache import Data, Pipe
 from modelfs.errors import AccessDenied, BadAnswer, Expired, NotFound, Stale, StoreError
+from modelfs.fetch.chain import Copy
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.download import Download, Flight, Range
-from modelfs.fetch.source import delays
+from modelfs.fetch.source import Source, delays
 from modelfs.metrics import Metrics
 from modelfs.types import Span
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = {Expired: 3, Stale: 2, AccessDenied: 2, BadAnswer: 4}
-"""Attempts per block for failures that a new location may cure; others are retried until the deadline."""
+"""Attempts per block and store for failures that a new location may cure; others: until the deadline."""
+
+PATIENCE = 2
+"""Failures in a row of one store after which a flight goes on at another that has the same bytes."""
 
 
 class _Abort(Exception):  # never an error: it ends a transfer that is no longer wanted
@@ -74,6 +79,42 @@ class _Sink:
                     self._token.run_sync_soon(self._transfer.committed, self._download)
 
 
+class _Course:
+    """Where a flight gets its bytes, and what went wrong since the last of them.
+
+    Attributes:
+        copy: what is asked.
+        deadline: trio time after which the flight fails.
+        failing: stores that were asked in vain in this round.
+        over: stores that need not be asked again.
+
+    """
+
+    def __init__(self, copy: Copy, deadline: float) -> None:
+        self.copy = copy
+        self.deadline = deadline
+        self.failing: set[Source] = set()
+        self.over: set[Source] = set()
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget failures: bytes came."""
+        self.failures: Counter[tuple[Source, type[StoreError]]] = Counter()
+        self.pauses: Iterator[float] = delays()
+
+    def failed(self, kind: type[StoreError]) -> int:
+        """Count a failure; return how many of this kind there were at this store."""
+        self.failures[self.copy.source, kind] += 1
+        return self.failures[self.copy.source, kind]
+
+    @property
+    def patient(self) -> bool:
+        """Whether the store that is asked should be asked again before another is."""
+        source = self.copy.source
+        failures = sum(count for (where, _), count in self.failures.items() if where is source)
+        return source not in self.over and failures < PATIENCE and source.breaker.state == "closed"
+
+
 class Transfer:
     """Runs the attempts of all flights.
 
@@ -111,8 +152,7 @@ class Transfer:
 
         """
         deadline = trio.current_time() + self._deadline
-        failures: dict[type[StoreError], int] = {}
-        pauses = delays()
+        course = _Course(await download.copies.first(download.digest), deadline)
         while True:
             part = next((part for part in flight.ranges if part.rest), None)
             if part is None:
@@ -122,55 +162,82 @@ class Transfer:
                 return False
             before = part.done
             try:
-                await self._attempt(download, flight, part)
+                await self._attempt(download, flight, part, course.copy)
             except _Abort:
                 if part.rest:  # another flight brings these blocks
                     flight.scope.cancel()
                     await trio.lowlevel.checkpoint()
             except StoreError as error:
-                await self._recover(download, flight, error, failures, next(pauses), deadline)
+                await self._recover(download, flight, error, course)
             if part.done > before:
-                pauses = delays()
-                failures.clear()
+                course.start_over()
 
-    async def _attempt(self, download: Download, flight: Flight, part: Range) -> None:
-        location = await download.source.location(download.entry)
-        download.digest = download.digest or location.digest
-        sink = _Sink(self, download, flight, part)
+    async def _attempt(self, download: Download, flight: Flight, part: Range, copy: Copy) -> None:
         # Cancelled by who sees that other connections are faster: the rest is asked for on another one.
-        with trio.CancelScope() as flight.attempt:
-            feed = download.feed or self._client
+        with trio.CancelScope() as flight.attempt, copy.source.asked():
+            location = await copy.source.location(copy.entry)
+            download.digest = download.digest or location.digest
+            download.copies.brought[copy.source] = None
+            sink = _Sink(self, download, flight, part)
+            feed = copy.source.feeds.get(copy.entry.version) or self._client
             ranged = not download.no_ranges
             await feed.fetch(location, part.rest, download.entry.size, sink, ranged=ranged)
 
-    async def _recover(
-        self,
-        download: Download,
-        flight: Flight,
-        error: StoreError,
-        failures: dict[type[StoreError], int],
-        pause: float,
-        deadline: float,
-    ) -> None:
+    async def _recover(self, download: Download, flight: Flight, error: StoreError, course: _Course) -> None:
         """Return when another attempt makes sense; raise what the reader gets when none does."""
-        where = f"{download.source.url}: {download.entry.path}"
+        source, entry = course.copy.source, course.copy.entry
+        where = f"{source.url}: {entry.path}"
         if isinstance(error, NotFound):  # it was listed
             error = Stale(f"{where}: the store no longer has this version: {error}")
         kind = type(error)
-        failures[kind] = failures.get(kind, 0) + 1
+        failures = course.failed(kind)
         limit = ATTEMPTS.get(kind)
+        over = None if error.retryable else error
         if limit is not None:
-            download.source.forget(download.entry)
-            if failures[kind] >= limit:
-                if kind is Expired:
-                    raise AccessDenied(f"{where}: the store refuses every new signature: {error}") from error
-                raise error
-        elif not error.retryable:
+            source.forget(entry)
+            over = error if failures >= limit else None
+            if over is not None and kind is Expired:
+                over = AccessDenied(f"{where}: the store refuses every new signature: {error}")
+        if over is not None:
+            course.over.add(source)
+        if not download.copies.alone:
+            if await self._go_elsewhere(download, over or error, course):
+                return
+        elif over is not None:
+            raise over from error
+        pause = max(next(course.pauses), getattr(error, "retry_after", None) or 0.0)
+        abandoned = not download.demand and failures >= 3
+        if abandoned or trio.current_time() + pause > course.deadline:
             raise error
-        pause = max(pause, getattr(error, "retry_after", None) or 0.0)
-        abandoned = not download.demand and failures[kind] >= 3
-        if abandoned or trio.current_time() + pause > deadline:
-            raise error
-        self._metrics.retries.labels(download.source.scheme).inc()
+        self._metrics.retries.labels(source.scheme).inc()
         log.info("%s: %s; again in %.1f s", where, error, pause)
         await trio.sleep(pause)
+
+    async def _go_elsewhere(self, download: Download, error: StoreError, course: _Course) -> bool:
+        """Choose another copy if this one failed often enough; return whether it can be asked at once.
+
+        Raises `error` if none is left that could bring the bytes one day.
+        """
+        source, copies = course.copy.source, download.copies
+        if course.patient:
+            return False
+        if source in course.over and not error.retryable:
+            copies.put_aside(source)
+            if isinstance(error, Stale) and course.copy is not copies.home:
+                source.outdated()
+        course.failing.add(source)
+        other = None
+        with trio.move_on_at(course.deadline):
+            other = await copies.other(download.digest, course.failing | course.over)
+        if other is not None:
+            log.warning("%s: %s; going on at %s", download.entry.path, error, other.source.url)
+            self._metrics.fallbacks.labels(source.scheme, other.source.scheme).inc()
+            course.copy = other
+            return True
+        # All fail: begin again with the first, as patiently as if it was the only one.
+        course.failing.clear()
+        left = copies.left(course.over)
+        if left is None:
+            raise error
+        course.copy = left
+        return False
