@@ -241,7 +241,7 @@ class Catalog:
         own = name if name.partition("/")[0] not in NAMESPACES else ""
         if own or "@" not in name:  # who names no revision shall not get one that somebody else looked up
             alone = model.face.layout == "hub"
-            model.repositories = repositories(own, model.source.url, alone=alone)
+            model.repositories = repositories(own, *(store.url for store in stores), alone=alone)
         self.models[name] = model
         return model
 

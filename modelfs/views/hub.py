@@ -76,18 +76,18 @@ class Revision:
     snapshot: Snapshot
 
 
-def repositories(name: str, url: str, *, alone: bool = False) -> tuple[str, ...]:
+def repositories(name: str, *urls: str, alone: bool = False) -> tuple[str, ...]:
     """Return the repositories as which a model is found, the most certain first.
 
     Args:
         name: of the model; it counts if it is ``ORG/NAME`` and could be a repository.
-        url: of its store, canonical; it counts if it is a whole repository of a Hub.
+        urls: of its stores, canonical; each counts that is a whole repository of a Hub.
         alone: ``NAME`` counts too.
 
     """
-    source = _SOURCE.fullmatch(url)
     found = [name] if _REPOSITORY.fullmatch(name) and (alone or "/" in name) else []
-    return tuple(dict.fromkeys(found + ([source["repository"]] if source else [])))
+    found += [source["repository"] for url in urls if (source := _SOURCE.fullmatch(url))]
+    return tuple(dict.fromkeys(found))
 
 
 def revision_in(url: str) -> str | None:

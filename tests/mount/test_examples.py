@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import random
+import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from hashlib import sha256
@@ -51,6 +53,7 @@ class Site:
 def hub(site: Site, files: Mapping[str, bytes]) -> None:
     server = site.stack.enter_context(HubServer())
     server.add("ProsusAI/finbert", dict(files))
+    server.add("ElKulako/cryptobert", {FILE: content("cryptobert")})  # which the bucket does not have
     site.env |= server.env()
 
 
@@ -65,7 +68,14 @@ def s3(site: Site, files: Mapping[str, bytes]) -> None:
 
 def github(site: Site, files: Mapping[str, bytes]) -> None:
     server = site.stack.enter_context(Releases())
-    server.publish("mikeepley2/crypto-data-collection", "v1.0.0", dict(files))
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for path, data in files.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assets = {"twitter-roberta-v1.0.0.tar.gz": packed.getvalue()}
+    server.publish("mikeepley2/crypto-data-collection", "v1.0.0", assets)
     site.env["GITHUB_API_URL"] = server.url
 
 
@@ -160,11 +170,13 @@ def mount(place: Path) -> Iterator[Mounted]:
 def test_the_example_mounts_a_model_from_each_store(mount: Mounted) -> None:
     found = mount.run("sh", "-c", f"cd {mount.path} && sha256sum */{FILE}").stdout
     digests = {path: digest for digest, path in map(str.split, found.splitlines())}
-    assert digests == {f"{name}/{FILE}": sha256(content(name)).hexdigest() for name in SITES}
+    assert digests == {f"{name}/{FILE}": sha256(content(name)).hexdigest() for name in (*SITES, "cryptobert")}
 
 
 def test_the_example_has_every_store() -> None:
     models = yaml.safe_load(EXAMPLE.read_text())["models"]
-    shown = {scheme_of(model["source"]).partition("+")[0] for model in models.values()}
+    sources = [model["source"] for model in models.values()]
+    chained = [url for source in sources for url in (source if isinstance(source, list) else [source])]
+    shown = {scheme_of(url).partition("+")[0] for url in chained}
     # Two names of one store, and one without a remote side.
     assert shown == {scheme.rstrip("+") for scheme in SCHEMES} - {"http", "docker", "mock"}

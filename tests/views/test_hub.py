@@ -42,6 +42,7 @@ def test_repositories_of_a_model(name: str, url: str, found: tuple[str, ...]) ->
 
 def test_a_model_can_be_a_repository_without_an_owner() -> None:
     assert repositories("finbert", "s3://b/f/", alone=True) == ("finbert",)
+    assert repositories("finbert", "s3://b/f/", "hf://ProsusAI/finbert@main") == ("ProsusAI/finbert",)
 
 
 @pytest.mark.parametrize("repository", ["ProsusAI/finbert", "gpt2", "a-b/c_d.e"])
