@@ -65,6 +65,15 @@ def resolved(tree: Tree, path: str, depth: int = 0) -> File | str | None:
     return path if is_directory(tree, path) else None
 
 
+def tidied(tree: Tree) -> dict[str, File | Link]:
+    """Return `tree` without links that lead nowhere, and those that lead nowhere then.
+
+    They are not shown; but what would be an empty directory without them is.
+    """
+    kept = {path: node for path, node in tree.items() if resolved(tree, path) is not None}
+    return kept if len(kept) == len(tree) else tidied(kept)
+
+
 def is_directory(tree: Tree, path: str) -> bool:
     return not path or any(other.startswith(f"{path}/") for other in tree)
 

@@ -35,6 +35,7 @@ from tests.mount.reference.tree import (
     resolved,
     shown,
     status_of,
+    tidied,
 )
 from tests.origin import Origin
 
@@ -133,10 +134,10 @@ class World:
     # -- the stores ----------------------------------------------------------------------------------------
 
     def _publish(self, model: str, tree: dict[str, File | Link]) -> None:
-        self._trees[model] = tree
-        self.stores[model].publish(tree)
+        self._trees[model] = tidied(tree)
+        self.stores[model].publish(self._trees[model])
         if self._moving:
-            self._possible[model].append(shown(tree))
+            self._possible[model].append(shown(self._trees[model]))
 
     def _without(self, model: str, path: str) -> dict[str, File | Link]:
         """Return the tree with room for something at `path`."""
@@ -298,6 +299,9 @@ class World:
         if isinstance(size, OSError):
             missing = {row for row in found if isinstance(row, int)}
             self._excused(size, {*self._excuses(model, path, versions), *missing}, path)
+            return
+        if any(row[0] == "directory" for row in found if isinstance(row, tuple)):
+            self.actor.do("close", number)  # perhaps that is what it is: directories are opened too
             return
         fitting = [version for version in versions if version.size == size]
         assert fitting, f"{path} has {size} bytes, not those of {versions}"
