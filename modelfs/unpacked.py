@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-from modelfs.archives import Limits, format_of
+from modelfs.archives import Limits
 from modelfs.cache import Cache
 from modelfs.errors import unwrapped
 from modelfs.fetch.engine import Fetcher
@@ -48,7 +48,7 @@ class Archives:
         Archives that an earlier snapshot of `source` had are not looked into any further.
         """
         directory, paths = layers_in(snapshot.entries)
-        if paths and face.archives is not False and all(format_of(path) == "tar" for path in paths):
+        if paths and face.archives is not False:
             layers = [await self._archive(source, snapshot.entries[path], "", directory) for path in paths]
             self._stop(source, layers)
             facts = [(one.entry, one.version, one.contents) for one in layers]

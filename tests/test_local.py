@@ -114,14 +114,15 @@ def test_bytes_are_verified_and_without_the_store_the_last_snapshot_is_used(tmp_
     assert modelfs.local_path(url) == found
 
 
-def test_an_archive_is_unpacked_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "mode"), [("m.tar", "w"), ("m.tar.gz", "w:gz")])
+def test_an_archive_is_unpacked_whole(tmp_path: Path, name: str, mode: str) -> None:
     members = {"config.json": b"{}", "sub/weights.bin": os.urandom(300_000)}
-    with tarfile.open(tmp_path / "m.tar", "w") as archive:
+    with tarfile.open(tmp_path / name, mode) as archive:  # type: ignore[call-overload]
         for path, data in members.items():
             row = tarfile.TarInfo(path)
             row.size = len(data)
             archive.addfile(row, io.BytesIO(data))
-    assert tree(modelfs.local_path("m", sources=[f"m={(tmp_path / 'm.tar').as_uri()}"])) == members
+    assert tree(modelfs.local_path("m", sources=[f"m={(tmp_path / name).as_uri()}"])) == members
 
 
 def test_threads_and_processes_share_one_cache(source: str, tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ Rules of https://github.com/opencontainers/image-spec, ``layer.md``, "Representi
 a file replaces whatever a lower layer has at its path, directories of several layers are one,
 ``.wh.NAME`` removes NAME of the layers below, and ``.wh..wh..opq`` all that they have in its directory. A
 whiteout does not touch its own layer.
+
+Layers packed for lazy pulling (eStargz: https://github.com/containerd/stargz-snapshotter, ``estargz.md``)
+have files at their root that are no part of the image.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from modelfs.types import Entry
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
 _OTHER = ".wh..wh."
 """What begins so is a note of the builder's file system to itself."""
+_ESTARGZ = frozenset({"stargz.index.json", ".prefetch.landmark", ".no.prefetch.landmark"})
+"""What eStargz adds to a layer: the list of its files, and what to prefetch."""
 
 
 def merged(layers: Sequence[Iterable[Entry]]) -> list[Entry]:
@@ -32,6 +37,8 @@ def merged(layers: Sequence[Iterable[Entry]]) -> list[Entry]:
             directory, _, name = entry.path.rpartition("/")
             if name == OPAQUE:
                 empty.add(directory)
+                continue
+            if entry.path in _ESTARGZ:
                 continue
             if name.startswith(WHITEOUT):
                 if not name.startswith(_OTHER):

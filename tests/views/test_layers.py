@@ -50,6 +50,8 @@ def seen(*layers: list[Entry]) -> list[str]:
         ([["d/a"], ["d/"]], ["d/", "d/a"]),
         ([["d/a", "d2/a"], [".wh.d"]], ["d2/a"]),
         ([["a"], [".wh..wh.plnk", ".wh..wh.aufs"]], ["a"]),
+        ([["a", ".no.prefetch.landmark", "stargz.index.json"], [".prefetch.landmark"]], ["a"]),
+        ([["d/stargz.index.json"]], ["d/stargz.index.json"]),
         ([["a"], [".wh.a"], [".wh.a"], ["b"]], ["b"]),
         ([["d/a"], [".wh.d"], ["d/b"]], ["d/b"]),
         ([["d/a"], ["d"], ["d/b"]], ["d/b"]),
