@@ -5,6 +5,8 @@ BIN := .venv/bin
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl fio docker-registry skopeo systemd
 # Azure Blob Storage for the tests; the development packages bring the node that runs it.
 AZURITE := azurite@3.35.0
+# kustomize and Helm as libraries in Go. The packages around them are for newer Pythons; the tests ask the libraries.
+GO := pykustomize==0.1.4 helm-sdkpy==0.1.32
 
 .PHONY: help demo test check bench chaos storm reference fuzz clean
 
@@ -26,6 +28,8 @@ help:  ## this list
 	@echo "installing modelfs and its development packages into .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/azurite $(AZURITE)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+	  --only-binary=:all: --upgrade --target .venv/go $(GO)
 	@touch $@
 
 demo: .venv/.ready  ## real models from S3 and a Hub, mounted on ./models and loaded; KEEP=1 leaves them mounted

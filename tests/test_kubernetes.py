@@ -1,0 +1,116 @@
+"""The manifests: kustomize builds them, the schemas of Kubernetes accept them, a mount gets what it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from modelfs import config
+from tests import kustomize
+
+K8S = Path(__file__).parents[1] / "k8s"
+KUSTOMIZATIONS = sorted(str(path.parent.relative_to(K8S)) for path in K8S.rglob("kustomization.yaml"))
+VERSION = "1.37"
+"""Of the schemas; pinned, so that a new version of the package changes nothing by itself."""
+
+Object = dict[str, Any]
+
+
+def validate(found: Object) -> None:
+    """Hold `found` against the schema of its kind, in which no unknown member is allowed."""
+    kubernetes_validate.validate(found, VERSION, strict=True)
+
+
+@pytest.fixture(scope="module", params=KUSTOMIZATIONS)
+def objects(request: pytest.FixtureRequest) -> list[Object]:
+    return kustomize.build(K8S / request.param)
+
+
+def only(objects: list[Object], kind: str, name: str = "modelfs") -> Object:
+    (found,) = [o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name]
+    return found
+
+
+def test_every_object_is_valid(objects: list[Object]) -> None:
+    assert objects
+    for found in objects:
+        validate(found)
+
+
+def test_the_schemas_refuse_what_is_wrong() -> None:
+    daemonset = only(kustomize.build(K8S / "base"), "DaemonSet")
+    daemonset["spec"]["template"]["spec"]["hostPid"] = True
+    with pytest.raises(kubernetes_validate.ValidationError, match="hostPid"):
+        validate(daemonset)
+
+
+def test_the_mount_is_a_child_of_what_pods_mount(objects: list[Object]) -> None:
+    pod = only(objects, "DaemonSet")["spec"]["template"]["spec"]
+    (container,) = [c for c in pod["containers"] if c["name"] == "modelfs"]
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert mounts["shared"]["mountPropagation"] == "Bidirectional"
+    assert volumes["shared"]["hostPath"]["path"] == mounts["shared"]["mountPath"]
+    env = {each["name"]: each.get("value") for each in container["env"]}
+    assert Path(env["MODELFS_MOUNTPOINT"]).parent == Path(mounts["shared"]["mountPath"])
+    assert volumes["fuse"]["hostPath"] == {"path": "/dev/fuse", "type": "CharDevice"}
+    assert volumes["cache"]["hostPath"]["path"] == mounts["cache"]["mountPath"] == "/var/cache/modelfs"
+    # All else that is written to on a read-only root:
+    assert {"/run", "/tmp"} <= {mounts[name]["mountPath"] for name in volumes if "emptyDir" in volumes[name]}
+
+
+def test_the_daemonset_is_on_every_node_and_leaves_it_gently(objects: list[Object]) -> None:
+    spec = only(objects, "DaemonSet")["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = [c for c in pod["containers"] if c["name"] == "modelfs"]
+    assert spec["updateStrategy"]["rollingUpdate"]["maxUnavailable"] == 1
+    assert pod["priorityClassName"] == "system-node-critical"
+    assert pod["tolerations"] == [{"operator": "Exists"}]
+    assert pod["nodeSelector"] == {"kubernetes.io/os": "linux"}
+    assert pod["hostPID"] is True
+    assert container["securityContext"]["privileged"] is True
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["resources"]["limits"]["memory"]
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 600
+    assert container["livenessProbe"] != container["readinessProbe"]
+
+
+def test_the_configuration_is_one_of_modelfs(
+    objects: list[Object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod = only(objects, "DaemonSet")["spec"]["template"]["spec"]
+    (volume,) = [v for v in pod["volumes"] if v["name"] == "config"]
+    data = only(objects, "ConfigMap", volume["configMap"]["name"])["data"]
+    (tmp_path / "config.yaml").write_text(data["config.yaml"])
+    settings = config.load(mountpoint=None, config_file=tmp_path / "config.yaml")
+    assert settings.models
+    assert settings.keep_going
+
+
+def test_no_object_may_do_more_than_it_needs(objects: list[Object]) -> None:
+    """Outside of the overlay that takes taints away nobody asks the API for anything."""
+    pod = only(objects, "DaemonSet")["spec"]["template"]["spec"]
+    rules = [rule for o in objects if o["kind"] in ("Role", "ClusterRole") for rule in o["rules"]]
+    asks = pod["automountServiceAccountToken"]
+    assert bool(rules) == asks
+    assert all("*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"] for rule in rules)
+
+
+def test_secrets_are_only_referred_to(objects: list[Object]) -> None:
+    assert not [o for o in objects if o["kind"] == "Secret"]
+
+
+def test_every_file_belongs_to_something() -> None:
+    used = set()
+    for file in K8S.rglob("kustomization.yaml"):
+        document = yaml.safe_load(file.read_text())
+        named = [*document.get("resources", []), *(p["path"] for p in document.get("patches", []))]
+        named += [name for made in document.get("configMapGenerator", []) for name in made["files"]]
+        used |= {(file.parent / name).resolve() for name in named} | {file.resolve()}
+    ours = {f.resolve() for part in ("base", "overlays") for f in (K8S / part).rglob("*.yaml")}
+    assert ours - used == set()
