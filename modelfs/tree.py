@@ -286,8 +286,8 @@ def _leaf(name: str, line: Line, model: M) -> Node:
 def difference(name: str, before: Listing, after: Listing) -> list[Change]:
     """Return the names of the model `name` that mean something else in the listing `after`.
 
-    What is in a directory that came or went is left out: nobody knows it, or forgets it with the directory.
-    With many entries this takes a while: call it in a thread.
+    So does what is in a directory that came or went: of an open file the kernel keeps the name, and finds it
+    below the directory again when that comes back. With many entries this takes a while: call it in a thread.
     """
     kinds: dict[str, set[bool]] = {}
     for text in {*before.lines}.symmetric_difference(after.lines):
@@ -295,14 +295,9 @@ def difference(name: str, before: Listing, after: Listing) -> list[Change]:
         kinds.setdefault(line.path, set()).add(line.is_directory)
     both = {path for path in kinds if before.line(path) and after.line(path)}
     itself = {path for path, kind in kinds.items() if kind == {True} and path in both}
-    changed = [path for path in kinds if path and path not in itself]
-    moved = {path for path in changed if True in kinds[path]}
+    changed = (path.rpartition("/") for path in sorted(kinds) if path and path not in itself)
     return [
-        *(
-            Change(inode(name, parent, "directory"), last)
-            for parent, _, last in (path.rpartition("/") for path in sorted(changed))
-            if parent not in moved
-        ),
+        *(Change(inode(name, parent, "directory"), last) for parent, _, last in changed),
         *(Change(inode(name, path, "directory"), "") for path in sorted(itself)),
     ]
 
@@ -447,6 +442,7 @@ class Tree:
                     parent.children[name] = self._nodes[node.ino] = node
                     return []
         changes = self._drop(parent, name, old) if old is not None else []
+        changes += differing or ()
         parent.children[name] = node
         parent.mtime = max(parent.mtime, node.mtime)
         self._admit(node)
@@ -463,12 +459,15 @@ class Tree:
 
     def _drop(self, parent: Folder, name: str, node: Node) -> list[Change]:
         del parent.children[name]
+        changes = [Change(parent.ino, name)]
         for gone in _walk(node):
             if gone.ino in self._lookups:
                 self._loose.add(gone.ino)
             else:
                 self._nodes.pop(gone.ino, None)
-        return [Change(parent.ino, name)]
+            if isinstance(gone, Folder):
+                changes += (Change(gone.ino, below) for below in gone.children)  # as `difference` does
+        return changes
 
     def _admit(self, node: Node) -> None:
         for new in _walk(node):

@@ -14,10 +14,12 @@ from modelfs.tree import (
     Change,
     Directory,
     File,
+    Folder,
     Link,
     Node,
     Text,
     Tree,
+    difference,
     grow,
     inode,
     metadata,
@@ -92,6 +94,34 @@ def test_a_new_version_is_a_new_inode_and_a_directory_stays_itself() -> None:
     # Its directory has a new time, and so has the model.
     assert changes[0] == Change(directory.ino, "w")
     assert {*changes[1:]} == {Change(directory.ino, ""), Change(model.ino, "")}
+
+
+def test_the_kernel_is_told_of_names_below_a_directory_that_went_or_came() -> None:
+    """It keeps those of open files, and finds them below the same inode when the directory is back."""
+    tree = Tree()
+    directory, deeper = inode("m", "f", "directory"), inode("m", "f/e", "directory")
+    inside = {Change(directory, "d"), Change(directory, "e"), Change(deeper, "w")}
+    tree.put(("m",), grow("m", snapshot({"f/d": 1, "f/e/w": 1, "z": 1}), None))
+    assert inside <= {*tree.put(("m",), grow("m", snapshot({"f": 1, "z": 1}), None))}
+    assert inside <= {*tree.put(("m",), grow("m", snapshot({"f/d/w": 1, "f/e/w": 1, "z": 1}), None))}
+
+
+def test_the_kernel_is_told_of_names_below_a_model_that_can_no_longer_be_listed() -> None:
+    tree = Tree()
+    listed, later = snapshot({"d/w": 1}), snapshot({})
+    tree.put(("m",), grow("m", listed, None))
+    told = tree.put(
+        ("m",), Folder(inode("m", "", "directory")), difference("m", listed.listing, later.listing)
+    )
+    assert {Change(1, "m"), Change(inode("m", "d", "directory"), "w")} <= {*told}
+
+
+def test_the_kernel_is_told_of_names_below_a_folder_that_went() -> None:
+    tree = Tree()
+    tree.put(("a", "b", "c"), Text(inode("c"), content=b"1"))
+    folders = [tree.root, tree.root.at(["a"]), tree.root.at(["a", "b"])]
+    wanted = {Change(node.ino, name) for node, name in zip(folders, "abc", strict=True) if node}
+    assert wanted == {*tree.put(("a",), Text(inode("a"), content=b"1"))}
 
 
 def test_putting_the_same_file_again_changes_nothing() -> None:
@@ -266,10 +296,8 @@ class TreeModel(RuleBasedStateMachine):
         self.listings[name] = dict(snap.entries)
         after = self._names()
         told = {(change.parent, change.name) for change in changes}
-        for key in before.keys() & after.keys():
-            assert before[key] == after[key] or key in told, "the kernel is told of every name that changed"
-        for key in before.keys() - after.keys():
-            assert key in told or key[0] not in {parent for parent, _ in after}
+        for key, ino in before.items():
+            assert after.get(key) == ino or key in told, "the kernel is told of every name that changed"
 
     @rule(data=st.data())
     def lookup(self, data: st.DataObject) -> None:

@@ -554,17 +554,19 @@ class Transport:
     async def invalidate(self, changes: Iterable[Change]) -> None:
         """Make the kernel look up the changed names anew; waits in a thread, not here.
 
-        Cancelled, it leaves the thread to itself: closing the device ends it.
+        Cancelled, it leaves the thread to itself, which ends when the kernel has taken the present notice.
         """
+        await trio.to_thread.run_sync(self._tell, changes, limiter=self._notices, abandon_on_cancel=True)
+
+    def _tell(self, changes: Iterable[Change]) -> None:
         for change in changes:
+            trio.from_thread.check_cancelled()  # the device may be closed then
             notice = (
                 wire.inval_entry(change.parent, os.fsencode(change.name))
                 if change.name
                 else wire.inval_attributes(change.parent)
             )
-            await trio.to_thread.run_sync(
-                self._device.notify, notice, limiter=self._notices, abandon_on_cancel=True
-            )
+            self._device.notify(notice)
 
 
 _HANDLERS: Mapping[int, Callable[[Transport, Request], Outcome]] = {

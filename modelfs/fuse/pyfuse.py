@@ -173,10 +173,9 @@ class Transport:
         """Make the kernel look up the changed names anew; waits in a thread, not here.
 
         The kernel needs the parent's lock for this, which a lookup there that waits for us may hold.
-        Cancelled, it leaves the thread to itself: the unmount ends it.
+        Cancelled, it leaves the thread to itself, which ends when the kernel has taken the present notice.
         """
-        for change in changes:
-            await trio.to_thread.run_sync(_invalidate, change, limiter=self._notices, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(_invalidate, changes, limiter=self._notices, abandon_on_cancel=True)
 
     def leave(self) -> None:
         """Do nothing: this mount ends with its process, so nobody asks."""
@@ -186,17 +185,19 @@ class Transport:
         pyfuse3.close(unmount=unmount)
 
 
-def _invalidate(change: Change) -> None:
-    """Tell the kernel of one change; it may know nothing of it."""
-    parent, name = pyfuse3.InodeT(change.parent), pyfuse3.FileNameT(os.fsencode(change.name))
-    try:
-        if change.name:
-            pyfuse3.invalidate_entry(parent, name)
-        else:
-            pyfuse3.invalidate_inode(parent, attr_only=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENODEV):
-            log.warning("a name or inode could not be invalidated: %s", error)
+def _invalidate(changes: Iterable[Change]) -> None:
+    """Tell the kernel of changes; it may know nothing of them."""
+    for change in changes:
+        trio.from_thread.check_cancelled()  # the session may be closed then
+        parent, name = pyfuse3.InodeT(change.parent), pyfuse3.FileNameT(os.fsencode(change.name))
+        try:
+            if change.name:
+                pyfuse3.invalidate_entry(parent, name)
+            else:
+                pyfuse3.invalidate_inode(parent, attr_only=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                log.warning("a name or inode could not be invalidated: %s", error)
 
 
 def _remedy(allow_other: bool) -> str:

@@ -33,6 +33,16 @@ REGRESSIONS: dict[str, Sequence[Operation]] = {
         *(("stat", "web", index) for index in range(12)),
         ("whole", "web", 0),
     ],
+    "an-open-file-came-back-with-its-directory": [
+        ("put", "web", "f/d.safetensors", 1, 300, False),
+        ("refresh",),
+        ("open", 0, "web", 0, 0),
+        ("put", "web", "f", 2, 300, False),
+        ("refresh",),
+        ("put", "web", "f/d.safetensors/a", 3, 300, False),
+        ("refresh",),
+        ("whole", "web", 0),
+    ],
 }
 """What once failed, as `make reference` printed it."""
 
