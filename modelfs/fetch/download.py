@@ -10,7 +10,7 @@ import trio
 
 from modelfs.cache import CacheObject, Verifier
 from modelfs.errors import Corrupt, ModelfsError
-from modelfs.fetch.chain import Copies
+from modelfs.fetch.chain import Copies, Copy
 from modelfs.fetch.planner import Priority, Step, Stream, plan
 from modelfs.fetch.source import Feed, Source
 from modelfs.types import Digest, Entry, Span, block_count, block_span
@@ -113,6 +113,7 @@ class Download:
         self.entry = entry
         self.object = cached
         self.copies = Copies(source, entry, cached.key)
+        self.names = {Copy(source, entry): self.copies}
         self.digest: Digest | None = entry.digest
         self.readers = 0
         self.demand: dict[int, int] = {}
@@ -137,6 +138,15 @@ class Download:
         self._shown = frozenset(block for block in self.blocks if cached.has(block))
         self.seen = bool(self._shown)
         self._changed = trio.lowlevel.ParkingLot()
+
+    def add_name(self, source: Source, entry: Entry) -> None:
+        """Take the bytes from `source` as well, which calls the same content `entry`, if others fail.
+
+        Not if a feed brings it: flights of this object may hold connections that feeds wait for.
+        """
+        copy = Copy(source, entry)
+        if copy not in self.names and entry.version not in source.feeds:
+            self.names[copy] = Copies(source, entry, self.object.key)
 
     @property
     def feed(self) -> Feed | None:

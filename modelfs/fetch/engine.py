@@ -154,6 +154,7 @@ class Fetcher:
                 download = self._downloads[key] = Download(source, entry, cached)
                 self._start_verifying(download)
         download.readers += 1
+        download.add_name(source, entry)
         if is_weights(entry.path) and self._fits(entry):
             download.prefetch = True
             download.following = following

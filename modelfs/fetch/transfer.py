@@ -10,7 +10,7 @@ import trio
 
 from modelfs.cache import Data, Pipe
 from modelfs.errors import AccessDenied, BadAnswer, Expired, NotFound, Stale, StoreError
-from modelfs.fetch.chain import Copy
+from modelfs.fetch.chain import Copies, Copy
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.download import Download, Flight, Range
 from modelfs.fetch.source import Source, delays
@@ -83,23 +83,31 @@ class _Course:
     """Where a flight gets its bytes, and what went wrong since the last of them.
 
     Attributes:
+        copies: of the name under which the content is asked for.
         copy: what is asked.
         deadline: trio time after which the flight fails.
         failing: stores that were asked in vain in this round.
         over: stores that need not be asked again.
+        dead: names under which it need not be asked for again.
 
     """
 
-    def __init__(self, copy: Copy, deadline: float) -> None:
-        self.copy = copy
+    def __init__(self, copies: Copies, copy: Copy, deadline: float) -> None:
         self.deadline = deadline
+        self.dead: set[Copies] = set()
+        self.turn(copies, copy)
+        self.start_over()
+
+    def turn(self, copies: Copies, copy: Copy) -> None:
+        """Ask for the content under another name."""
+        self.copies, self.copy = copies, copy
         self.failing: set[Source] = set()
         self.over: set[Source] = set()
-        self.start_over()
+        self.failures: Counter[tuple[Source, type[StoreError]]] = Counter()
 
     def start_over(self) -> None:
         """Forget failures: bytes came."""
-        self.failures: Counter[tuple[Source, type[StoreError]]] = Counter()
+        self.failures.clear()
         self.pauses: Iterator[float] = delays()
 
     def failed(self, kind: type[StoreError]) -> int:
@@ -152,7 +160,8 @@ class Transfer:
 
         """
         deadline = trio.current_time() + self._deadline
-        course = _Course(await download.copies.first(download.digest), deadline)
+        copies = download.copies
+        course = _Course(copies, await copies.first(download.digest), deadline)
         while True:
             part = next((part for part in flight.ranges if part.rest), None)
             if part is None:
@@ -162,7 +171,7 @@ class Transfer:
                 return False
             before = part.done
             try:
-                await self._attempt(download, flight, part, course.copy)
+                await self._attempt(download, flight, part, course)
             except _Abort:
                 if part.rest:  # another flight brings these blocks
                     flight.scope.cancel()
@@ -172,12 +181,13 @@ class Transfer:
             if part.done > before:
                 course.start_over()
 
-    async def _attempt(self, download: Download, flight: Flight, part: Range, copy: Copy) -> None:
+    async def _attempt(self, download: Download, flight: Flight, part: Range, course: _Course) -> None:
+        copy = course.copy
         # Cancelled by who sees that other connections are faster: the rest is asked for on another one.
         with trio.CancelScope() as flight.attempt, copy.source.asked():
             location = await copy.source.location(copy.entry)
             download.digest = download.digest or location.digest
-            download.copies.brought[copy.source] = None
+            course.copies.brought[copy.source] = None
             sink = _Sink(self, download, flight, part)
             feed = copy.source.feeds.get(copy.entry.version) or self._client
             ranged = not download.no_ranges
@@ -200,11 +210,16 @@ class Transfer:
                 over = AccessDenied(f"{where}: the store refuses every new signature: {error}")
         if over is not None:
             course.over.add(source)
-        if not download.copies.alone:
-            if await self._go_elsewhere(download, over or error, course):
-                return
-        elif over is not None:
-            raise over from error
+        try:
+            if not course.copies.alone:
+                if await self._go_elsewhere(download, over or error, course):
+                    return
+            elif over is not None:
+                raise over from error
+        except StoreError:
+            if not await self._turn(download, course, dead=True):
+                raise
+            return
         pause = max(next(course.pauses), getattr(error, "retry_after", None) or 0.0)
         abandoned = not download.demand and failures >= 3
         if abandoned or trio.current_time() + pause > course.deadline:
@@ -212,13 +227,36 @@ class Transfer:
         self._metrics.retries.labels(source.scheme).inc()
         log.info("%s: %s; again in %.1f s", where, error, pause)
         await trio.sleep(pause)
+        if not course.patient:
+            await self._turn(download, course)
+
+    async def _turn(self, download: Download, course: _Course, *, dead: bool = False) -> bool:
+        """Go on under another name that somebody opened the content by; return whether there is one.
+
+        Args:
+            download: the object.
+            course: where the flight stands.
+            dead: the present name is of no more use.
+
+        """
+        if dead:
+            course.dead.add(course.copies)
+        names = list(download.names.values())
+        at = names.index(course.copies)
+        others = (other for other in names[at + 1 :] + names[:at] if other not in course.dead)
+        copies = next(others, None)
+        if copies is None:
+            return False
+        course.turn(copies, await copies.first(download.digest))
+        download.copies = copies
+        return True
 
     async def _go_elsewhere(self, download: Download, error: StoreError, course: _Course) -> bool:
         """Choose another copy if this one failed often enough; return whether it can be asked at once.
 
         Raises `error` if none is left that could bring the bytes one day.
         """
-        source, copies = course.copy.source, download.copies
+        source, copies = course.copy.source, course.copies
         if course.patient:
             return False
         if source in course.over and not error.retryable:

@@ -13,8 +13,9 @@ import trio
 import trio.testing
 
 from modelfs.errors import AccessDenied, Corrupt, Expired, Stale, Unavailable
+from modelfs.fetch.source import Source
 from modelfs.types import BLOCK
-from tests.fetch.rig import MIB, Rig, against, attempt, noise
+from tests.fetch.rig import MIB, OriginStore, Rig, against, attempt, noise
 from tests.origin import Origin
 
 
@@ -462,6 +463,45 @@ def test_equal_digests_are_one_object_whatever_the_path(tmp_path: Path) -> None:
 
     with Origin({"a.bin": data, "b.bin": data}) as origin:
         origin.digests = dict.fromkeys(("a.bin", "b.bin"), hashlib.sha256(data).hexdigest())
+        against(origin, tmp_path, test)
+
+
+def test_content_that_is_gone_by_one_name_comes_by_the_other_that_is_open(tmp_path: Path) -> None:
+    """Whoever opened the second shares the object, but not the failures of the first."""
+    data = noise(2 * BLOCK)
+
+    async def test(rig: Rig) -> None:
+        old = await rig.open("a.dat")
+        del rig.origin.files["a.dat"]
+        with pytest.raises(Stale):
+            await old.read(0, 100)
+        new = await rig.open("b.dat")
+        assert await new.read(0, 100) == data[:100]
+        assert await old.read(BLOCK, 100) == data[BLOCK : BLOCK + 100]
+        del rig.origin.files["b.dat"]
+        third = await rig.open("c.dat")
+        assert await third.read(0, len(data)) == data
+
+    with Origin(dict.fromkeys(("a.dat", "b.dat", "c.dat"), data)) as origin:
+        origin.digests = dict.fromkeys(origin.files, hashlib.sha256(data).hexdigest())
+        against(origin, tmp_path, test)
+
+
+def test_a_store_that_is_down_keeps_nobody_from_another_model_with_the_same_content(tmp_path: Path) -> None:
+    data = noise(1000)
+
+    async def test(rig: Rig) -> None:
+        with Origin({"other.dat": data}) as second:
+            second.digests = {"other.dat": hashlib.sha256(data).hexdigest()}
+            store = OriginStore(second)
+            rig.origin.faults["x.dat"] = [503] * 1000
+            down = await rig.open("x.dat")
+            up = await rig.fetcher.open(Source(store, rig.metrics), await store.entry("other.dat"))
+            assert await up.read(0, 1000) == data
+            assert await down.read(0, 1000) == data
+
+    with Origin({"x.dat": data}) as origin:
+        origin.digests = {"x.dat": hashlib.sha256(data).hexdigest()}
         against(origin, tmp_path, test)
 
 
