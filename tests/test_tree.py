@@ -54,6 +54,7 @@ def below(node: Node) -> list[Node]:
     return [node, *(deeper for child in inside for deeper in below(child))]
 
 
+@settings(deadline=None)
 @given(LISTINGS)
 def test_directories_carry_the_latest_time_and_count_their_directories(listing: dict[str, int]) -> None:
     for node in below(grow("m", snapshot(listing), None)):
@@ -63,12 +64,14 @@ def test_directories_carry_the_latest_time_and_count_their_directories(listing: 
             assert node.links == 2 + sum(isinstance(child, Directory) for child in inside)
 
 
+@settings(deadline=None)
 @given(LISTINGS)
 def test_a_model_shows_exactly_its_snapshot(listing: dict[str, int]) -> None:
     snap = snapshot(listing)
     assert shown(grow("m", snap, None)) == dict(snap.entries)
 
 
+@settings(deadline=None)
 @given(LISTINGS)
 def test_the_same_snapshot_gets_the_same_numbers(listing: dict[str, int]) -> None:
     def numbers(node: Node) -> dict[str, int]:
@@ -206,6 +209,7 @@ def test_two_things_with_one_number_are_refused() -> None:
         tree.remember(other)
 
 
+@settings(deadline=None)
 @given(LISTINGS, st.integers(0, 8))
 def test_a_listing_goes_on_where_it_was_left(listing: dict[str, int], cut: int) -> None:
     tree = Tree()

@@ -22,7 +22,8 @@ from tests.origin import Origin
 MIB = 1 << 20
 BLOCK = 8 * MIB
 FILES = {"one.dat": BLOCK, "odd.safetensors": 2 * BLOCK + 4097, "small.json": 5001, "empty": 0}
-READERS = 3
+READERS = 2
+"""Of each file, at the same time."""
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +46,12 @@ def original() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def mount(original: Path, transport: str) -> Iterator[Mounted]:
+def mount(original: Path, patterned: Path, transport: str) -> Iterator[Mounted]:
+    """A mount with nothing in its cache when the first test begins."""
     with open_directory() as place:
-        yield from _mounted(place, original, transport)
-
-
-def _mounted(place: Path, original: Path, transport: str) -> Iterator[Mounted]:
-    with mounted(place, sources={"m": original.as_uri()}, transport=transport) as own:
-        yield own
-
-
-@pytest.fixture
-def fresh(place: Path, original: Path, transport: str) -> Iterator[Mounted]:
-    """The same with nothing in the cache."""
-    yield from _mounted(place, original, transport)
+        sources = {"m": original.as_uri(), "patterned": patterned.as_uri()}
+        with mounted(place, sources=sources, transport=transport) as own:
+            yield own
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +70,21 @@ def local(original: Path) -> Iterator[Path]:
 # -- fsx: random reads in every way there is --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["one.dat", "odd.safetensors", "small.json"])
-def test_random_reads_in_every_way_by_several_processes(fresh: Mounted, original: Path, name: str) -> None:
-    words = [sys.executable, "-m", "tests.mount.fsx", str(fresh.path / "m" / name), str(original / name)]
+def test_random_reads_in_every_way_by_several_processes(mount: Mounted, original: Path) -> None:
+    names = [name for name in FILES if name != "empty"]
+    words = {
+        name: [sys.executable, "-m", "tests.mount.fsx", str(mount.path / "m" / name), str(original / name)]
+        for name in names
+    }
     readers = [
-        subprocess.Popen([*words, str(seed), "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*words[name], str(seed), "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for seed in range(READERS)
+        for name in names
     ]
     found = [reader.communicate(timeout=DEADLINE) for reader in readers]
-    assert found == [("60\n", "")] * READERS
+    assert found == [("60\n", "")] * len(readers)
 
 
 def test_direct_reads_that_are_not_aligned(mount: Mounted, original: Path) -> None:
@@ -119,7 +118,7 @@ ENGINES = (
 def fio(*words: str) -> subprocess.CompletedProcess[str]:
     block = ["--bs=64k", "--size=12m", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"]
     return subprocess.run(
-        ["fio", "--name=job", *block, *words], capture_output=True, text=True, timeout=DEADLINE, check=False
+        ["fio", *block, *words], capture_output=True, text=True, timeout=DEADLINE, check=False
     )
 
 
@@ -128,25 +127,25 @@ def patterned() -> Iterator[Path]:
     """A model of files that fio wrote, one for each way to read: every 64 KiB have a checksum."""
     with open_directory() as root:
         first = root / "job.dat"
-        written = fio(f"--filename={first}", "--rw=write", "--do_verify=0", "--ioengine=psync")
+        written = fio("--name=job", f"--filename={first}", "--rw=write", "--do_verify=0", "--ioengine=psync")
         assert written.returncode == 0, written.stderr
         for engine, direct in ENGINES:
             shutil.copy(first, root / f"{engine}-{direct}.dat")
         yield root
 
 
-@pytest.fixture(scope="module")
-def of_patterns(patterned: Path, transport: str) -> Iterator[Mounted]:
-    with open_directory() as place:
-        yield from _mounted(place, patterned, transport)
-
-
-@pytest.mark.parametrize(("engine", "direct"), ENGINES)
-def test_fio_verifies_what_it_wrote(of_patterns: Mounted, patterned: Path, engine: str, direct: int) -> None:
-    words = [f"--ioengine={engine}", f"--direct={direct}", "--rw=randread", "--iodepth=8", "--readonly"]
-    for root in (patterned, of_patterns.path / "m"):
-        found = fio(f"--filename={root}/{engine}-{direct}.dat", *words)
-        assert found.returncode == 0, found.stdout + found.stderr
+def test_fio_verifies_what_it_wrote_by_all_engines_at_once(mount: Mounted) -> None:
+    jobs = [
+        word
+        for engine, direct in ENGINES
+        for word in (
+            *(f"--name={engine}-{direct}", f"--filename={mount.path}/patterned/{engine}-{direct}.dat"),
+            *(f"--ioengine={engine}", f"--direct={direct}"),
+        )
+    ]
+    found = fio("--rw=randread", "--iodepth=8", "--readonly", *jobs)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stdout.count("err= 0") == len(ENGINES)
 
 
 def test_fio_notices_a_wrong_byte(place: Path, patterned: Path) -> None:
@@ -154,7 +153,9 @@ def test_fio_notices_a_wrong_byte(place: Path, patterned: Path) -> None:
     with (place / "fio.dat").open("r+b") as file:
         file.seek(5 * MIB + 5000)  # behind the header of a block
         file.write(b"wrong")
-    found = fio(f"--filename={place}/fio.dat", "--ioengine=psync", "--rw=randread", "--readonly")
+    found = fio(
+        "--name=job", f"--filename={place}/fio.dat", "--ioengine=psync", "--rw=randread", "--readonly"
+    )
     assert found.returncode
     assert "verify failed" in found.stdout + found.stderr
 
@@ -219,18 +220,22 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("way", KILLED)
-def test_a_reader_that_is_killed_while_the_store_hangs_ends(place: Path, transport: str, way: str) -> None:
+def test_readers_that_are_killed_while_the_store_hangs_end(place: Path, transport: str) -> None:
     """At once; with pyfuse3, which is told of no signal, a direct read ends at ``read_deadline``."""
-    with Origin({"w.dat": bytes(2 * BLOCK)}) as origin:
+    with Origin({f"{way}.dat": bytes(2 * BLOCK) for way in KILLED}) as origin:
         origin.silent.set()
-        env = {"MODELFS_READ_DEADLINE": "5s"}
+        env = {"MODELFS_READ_DEADLINE": "3s"}
         with mounted(place, sources={"m": origin.url}, env=env, transport=transport) as mount:
-            code = f"import mmap, os, sys\n{KILLED[way]}"
-            reader = subprocess.Popen([sys.executable, "-c", code, str(mount.path / "m" / "w.dat")])
-            eventually(lambda: origin.contents())
-            reader.send_signal(signal.SIGKILL)
-            assert reader.wait(30) == -signal.SIGKILL
+            words = {
+                way: (f"import mmap, os, sys\n{code}", str(mount.path / "m" / f"{way}.dat"))
+                for way, code in KILLED.items()
+            }
+            readers = [subprocess.Popen([sys.executable, "-c", *each]) for each in words.values()]
+            eventually(lambda: len({path for _, path, _ in origin.contents()}) == len(KILLED))
+            for reader in readers:
+                reader.send_signal(signal.SIGKILL)
+            assert [reader.wait(30) for reader in readers] == [-signal.SIGKILL] * len(KILLED)
             origin.silent.clear()
             origin.silence_over.set()
-            assert mount.python(code + "\nprint('read')", str(mount.path / "m" / "w.dat")) == "read\n"
+            for code, path in words.values():
+                assert mount.python(code + "\nprint('read')", path) == "read\n"
