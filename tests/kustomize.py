@@ -10,6 +10,7 @@ import ctypes
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ LIBRARY = Path(sys.prefix, "go/pykustomize/_lib/linux-amd64/libpykustomize.so")
 
 def build(directory: Path) -> list[dict[str, Any]]:
     """Return the objects of the kustomization in `directory`."""
+    return list(yaml.safe_load_all(_built(directory)))
+
+
+@cache
+def _built(directory: Path) -> str:
     command = [sys.executable, "-m", "tests.kustomize", str(directory)]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return done.stdout
 
 
 def main() -> None:
