@@ -24,6 +24,9 @@ BLOCK = 8 * 1024 * 1024
 """Bytes in one block, the unit of fetching and caching; the last block of an object is shorter."""
 
 
+MAX_SIZE = (1 << 63) - 1
+"""Bytes of the largest file that Linux can show (``off_t``)."""
+
 PicklePolicy = Literal["allow", "warn", "deny"]
 """What becomes of a file whose unpickling would import more than is known to be harmless."""
 
@@ -91,8 +94,8 @@ class Snapshot:
     def of(cls, url: str, revision: str, entries: Iterable[Entry], *, complete: bool = True) -> Snapshot:
         """Return a snapshot of those `entries` that may be shown.
 
-        Refused, each with its reason in `rejected`: unsafe paths, a path listed twice, a negative size, a
-        file where another entry needs a directory, and symbolic links that leave the model.
+        Refused, each with its reason in `rejected`: unsafe paths, a path listed twice, an impossible
+        size, a file where another entry needs a directory, and symbolic links that leave the model.
         An empty `revision` is derived from the listing itself. With many entries this takes a while: call it
         in a thread.
         """
@@ -169,6 +172,8 @@ def entry_fault(entry: Entry) -> str | None:
     """Return why `entry` must not be shown, although its path may, or None if it may."""
     if entry.size < 0:
         return "its size is negative"
+    if entry.size > MAX_SIZE:
+        return "no file can be so large"
     if CONTROL.search(entry.version):
         return "its version holds a control character"
     return _link_fault(entry) if entry.kind == "symlink" else None

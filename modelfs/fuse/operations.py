@@ -23,6 +23,7 @@ from modelfs.errors import ModelfsError
 from modelfs.fetch.reader import Buffer, Reader
 from modelfs.metrics import Metrics
 from modelfs.tree import Branch, Directory, File, Link, Names, Node, Text, Tree
+from modelfs.types import MAX_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -337,7 +338,7 @@ class Operations:
         return {
             "f_bsize": 4096,
             "f_frsize": 4096,
-            "f_blocks": sum(-(-snapshot.size // 4096) for snapshot in snapshots),
+            "f_blocks": min(sum(-(-snapshot.size // 4096) for snapshot in snapshots), MAX_SIZE),
             "f_files": sum(len(snapshot.entries) for snapshot in snapshots),
             "f_namemax": NAME_MAX,
         }

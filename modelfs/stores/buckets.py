@@ -41,7 +41,8 @@ class Bucket(Protocol):
     """One bucket of a cloud, whose keys are the paths of entries.
 
     The methods block, may be called by several threads at once and raise StoreErrors only, besides what
-    makes no sense in an answer: LookupError, TypeError, ValueError and AttributeError.
+    makes no sense in an answer: ArithmeticError, AttributeError, LookupError, RecursionError, TypeError and
+    ValueError.
     """
 
     def entries(self, prefix: str, most: int) -> Iterable[tuple[str, Entry | Unservable]]:
@@ -199,7 +200,14 @@ class BucketStore:
                 return verb()
             except Unservable as error:
                 raise AccessDenied(f"{self.url}: cannot be read: {error}") from error
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
+            except (
+                ArithmeticError,
+                AttributeError,
+                LookupError,
+                RecursionError,
+                TypeError,
+                ValueError,
+            ) as error:
                 # The library hands on what it could parse, whether or not it makes sense.
                 raise BadAnswer(f"{self.url}: the answer makes no sense: check the endpoint") from error
 

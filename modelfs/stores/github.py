@@ -233,6 +233,8 @@ class GitHubStore:
         refused: dict[str, str] = {}
         for row in rows:
             asset, complete = self._asset_of(row)
+            if asset.name in assets:
+                raise self._foreign("two assets of one name")
             if complete:
                 assets[asset.name] = asset
             else:

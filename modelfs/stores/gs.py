@@ -219,7 +219,7 @@ def _fault(error: Exception, where: str) -> StoreError:
     """Return what `error` of a library means; its own text, which may hold secrets, is never used."""
     from google.api_core.exceptions import RetryError
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
-    from requests.exceptions import RequestException
+    from requests.exceptions import JSONDecodeError, RequestException
 
     if isinstance(error, RetryError) and isinstance(error.cause, Exception):
         error = error.cause
@@ -228,6 +228,8 @@ def _fault(error: Exception, where: str) -> StoreError:
             return AccessDenied(
                 f"{where}: no Google credentials: set GOOGLE_APPLICATION_CREDENTIALS, or anonymous"
             )
+        case JSONDecodeError():
+            return BadAnswer(f"{where}: the answer makes no sense: check the endpoint")
         case TransportError() | RequestException() | RetryError():
             return Unavailable(f"{where}: Google cannot be reached ({type(error).__name__})")
         case GoogleAuthError() if error.retryable:

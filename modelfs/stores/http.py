@@ -12,11 +12,11 @@ manifest publishes for a file whose server publishes neither.
 from __future__ import annotations
 
 import hashlib
-import html.parser
+import html
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
@@ -25,6 +25,7 @@ import httpx
 import trio
 
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, StoreError
+from modelfs.listing import CONTROL
 from modelfs.stores import Options, checked_options, entry_in, redact
 from modelfs.stores.web import Facts, Web, basic_auth, each, netrc_auth, tls_context
 from modelfs.types import Digest, Entry, Location, Snapshot, path_fault
@@ -292,6 +293,8 @@ def _listed(row: Any, url: str, place: str) -> Listed:
     try:
         target = urljoin(url, row["url"] if "url" in row else "./" + quote(os.fsencode(row["path"])))
         same = _same_origin(target, url)
+        if CONTROL.search(target) or not target.encode():
+            raise ValueError("a URL is text")
     except ValueError as error:
         raise BadAnswer(f"{place}: malformed path or url: correct the manifest") from error
     if not same:
@@ -305,14 +308,11 @@ def index_names(page: bytes, url: str) -> list[str]:
     Only links to direct children count: not those to parents, to other servers, or with a query, which sort
     the listing. Names are decoded but not checked.
     """
-    parser = _Links()
-    parser.feed(page.decode(errors="surrogateescape"))
-    parser.close()
     prefix = unquote_to_bytes(urlsplit(url).path.rpartition("/")[0] + "/")
     names: dict[str, None] = {}
-    for link in parser.links:
+    for link in dict.fromkeys(_links(page.decode(errors="surrogateescape"))):
         try:
-            target = urlsplit(urljoin(url, link))
+            target = urlsplit(urljoin(url, html.unescape(link).strip()))
             path = unquote_to_bytes(os.fsencode(target.path))
         except ValueError:
             continue
@@ -323,14 +323,20 @@ def index_names(page: bytes, url: str) -> list[str]:
     return list(names)
 
 
-class _Links(html.parser.HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.links: list[str] = []
+# Each takes time linear in the page: html.parser takes quadratic, and a stranger's page is up to 16 MiB.
+_TAG = re.compile(
+    r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)|<a\s(?P<attributes>[^<>]*)>",
+    re.IGNORECASE | re.DOTALL,
+)
+_ATTRIBUTE = re.compile(r"""([^\s=>"'/]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+))?""")
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "a":
-            self.links += [value.strip() for name, value in attrs if name == "href" and value]
+
+def _links(page: str) -> Iterator[str]:
+    """Yield the target of each link, with its character references, outside comments and scripts."""
+    for tag in _TAG.finditer(page):
+        for name, value in _ATTRIBUTE.findall(tag["attributes"] or ""):
+            if name.lower() == "href":
+                yield value.strip(value[:1]) if value[:1] in ("'", '"') else value
 
 
 def _parsed(url: str) -> tuple[str, str, str]:

@@ -78,6 +78,9 @@ _ATTESTATION = "vnd.docker.reference.type"
 _TAR = re.compile(r"[./+-]tar(?:[.+](gzip|zstd))?\Z")
 _SUFFIX = {None: "tar", "gzip": "tar.gz", "zstd": "tar.zst"}
 _SHARDED = (".gguf", ".safetensors")
+_PLATFORM = re.compile(r"[!-.0-~]{1,32}")
+_OFFERED = 10
+"""Platforms of an index that a message names."""
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}
 """What Linux calls an architecture → what Go, hence OCI, does; others have one name."""
 
@@ -194,7 +197,7 @@ def choose(index: Manifest, wanted: str | None, place: str) -> Descriptor:
         found = found or [one for one in able if one.platform in ("", "unknown/unknown")]
         found = found or (able if len(able) == 1 else [])
     if not found:
-        offered = ", ".join(sorted({one.platform or "none" for one in able})) or "nothing"
+        offered = ", ".join(sorted({one.platform or "none" for one in able})[:_OFFERED]) or "nothing"
         raise NotFound(f"{place}: is not there for {wanted or here}, but for {offered}: set option platform")
     return found[0]
 
@@ -310,7 +313,7 @@ def _descriptor(row: Any, place: str) -> Descriptor:
 
 def _platform(row: Mapping[str, Any]) -> str:
     parts = [row.get(key) for key in ("os", "architecture", "variant")]
-    return "/".join(part for part in parts if isinstance(part, str) and part)
+    return "/".join(part for part in parts if isinstance(part, str) and _PLATFORM.fullmatch(part))
 
 
 def _texts(row: Any) -> Mapping[str, str]:

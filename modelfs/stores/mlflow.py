@@ -47,6 +47,8 @@ _REMEMBERED = 4
 
 _ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 _SIGNED = "/api/2.0/mlflow-artifacts/presigned"
+_UNSENDABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""What no name or URI can hold that is sent again."""
 _URL = re.compile(
     r"(?i:mlflow)://(?:"
     r"models/(?P<name>[^/:?#]+?)(?:@(?P<alias>[\w-]+)|/(?P<version>[0-9]+|latest))"
@@ -154,7 +156,7 @@ class MlflowStore:
         place = self._proxied(root)
         if place is None:
             return await self._store(root).locate(replace(entry, version=version))
-        path = quote("/".join(filter(None, (place, entry.path))))
+        path = quote(os.fsencode("/".join(filter(None, (place, entry.path)))))
         if self._signs and entry.size and (signed := await self._signed(path, entry)):
             return signed
         return Location(f"{self._tracking}{_ARTIFACTS}/{path}", await self._secrets())
@@ -204,9 +206,10 @@ class MlflowStore:
             named = name.replace("'", "''")
             newest = {"filter": f"name = '{named}'", "order_by": "version_number DESC", "max_results": "1"}
             row = await self._ask(web, "model-versions/search", **newest)
-            if not row.get("model_versions"):
+            versions = self._rows(row, "model_versions")
+            if not versions:
                 raise NotFound(f"{self.url}: {self._tracking} has no version of this model: check the URL")
-            version = self._text(row["model_versions"][0], "version")
+            version = self._text(versions[0], "version")
         row = await self._ask(web, "model-versions/get-download-uri", name=name, version=version)
         return Found(version, _below(self._text(row, "artifact_uri"), self._path))
 
@@ -215,29 +218,29 @@ class MlflowStore:
 
         MLflow 3 keeps logged models beside runs, and answers for ``runs:/RUN/NAME`` all the same.
         """
-        row = (await self._ask(web, "runs/get", run_id=run)).get("run", {})
+        row = await self._ask(web, "runs/get", run_id=run)
         name, _, rest = self._path.partition("/")
         models: list[tuple[int, str, str]] = []
 
         async def look(output: Any) -> None:
             info = await self._logged_info(web, self._text(output, "model_id"))
             if info.get("name") == name:
-                created = int(info.get("creation_timestamp_ms") or 0)
+                created = self._number(info, "creation_timestamp_ms")
                 models.append((created, self._text(info, "model_id"), self._text(info, "artifact_uri")))
 
-        await each(look, (row.get("outputs") or {}).get("model_outputs", ()) if name else ())
+        await each(look, self._rows(row, "run", "outputs", "model_outputs") if name else [])
         if models:
             _, model, root = max(models)
             return Found(model, _below(root, rest))
-        return Found(run, _below(self._text(row, "info", "artifact_uri"), self._path))
+        return Found(run, _below(self._text(row, "run", "info", "artifact_uri"), self._path))
 
     async def _logged(self, web: Web, model: str) -> str:
         return self._text(await self._logged_info(web, model), "artifact_uri")
 
     async def _logged_info(self, web: Web, model: str) -> Mapping[str, Any]:
         row = await self._ask(web, f"logged-models/{quote(model, safe='')}")
-        info: Mapping[str, Any] = (row.get("model") or {}).get("info") or {}
-        return info
+        info = _member(row, "model", "info")
+        return info if isinstance(info, dict) else {}
 
     # Where artifacts are
 
@@ -248,7 +251,10 @@ class MlflowStore:
             StoreError: neither is so.
 
         """
-        parts, server = urlsplit(root), urlsplit(self._tracking)
+        try:
+            parts, server = urlsplit(root), urlsplit(self._tracking)
+        except ValueError:
+            raise self._malformed("artifact_uri") from None
         if parts.scheme == "mlflow-artifacts" and parts.netloc in ("", server.netloc):
             return parts.path.removeprefix(_ARTIFACTS).strip("/")
         if root.startswith(f"{self._tracking}{_ARTIFACTS}/"):
@@ -325,21 +331,16 @@ class MlflowStore:
         ]
 
     async def _directory(self, web: Web, place: str) -> list[_Row]:
-        url = f"{self._tracking}{_ARTIFACTS}?{urlencode({'path': place})}"
-        rows = (await self._json(web, url)).get("files", [])
-        if not isinstance(rows, list):
-            raise self._malformed("files")
-        return [self._row(row) for row in rows]
+        url = f"{self._tracking}{_ARTIFACTS}?{urlencode({'path': os.fsencode(place)})}"
+        return [self._row(row) for row in self._rows(await self._json(web, url), "files")]
 
     def _row(self, row: Any) -> _Row:
-        path, size = self._text(row, "path"), row.get("file_size", 0)
+        path = _member(row, "path")
+        if not isinstance(path, str) or not path:
+            raise self._malformed("path")
         if "/" in path:  # names of children are asked for
             raise self._malformed("files.path")
-        if row.get("is_dir"):
-            return _Row(path, None)
-        if not re.fullmatch(r"[0-9]{1,18}", str(size)):
-            raise self._malformed("file_size")
-        return _Row(path, int(size))
+        return _Row(path, None if row.get("is_dir") else self._number(row, "file_size"))
 
     # Questions
 
@@ -385,11 +386,24 @@ class MlflowStore:
 
     def _text(self, row: Any, *path: str) -> str:
         """Return the text at `path` in an answer; BadAnswer if it is not there."""
-        for name in path:
-            row = row.get(name) if isinstance(row, dict) else None
-        if not isinstance(row, str) or not row:
+        text = _member(row, *path)
+        if not isinstance(text, str) or not text or _UNSENDABLE.search(text):
             raise self._malformed(".".join(path))
-        return row
+        return text
+
+    def _number(self, row: Mapping[str, Any], name: str) -> int:
+        """Return a number, which JSON of protocol buffers writes as a text too; 0 if it is not there."""
+        number = row.get(name, 0)
+        if type(number) not in (int, str) or not re.fullmatch(r"[0-9]{1,18}", str(number)):
+            raise self._malformed(name)
+        return int(number)
+
+    def _rows(self, row: Any, *path: str) -> list[Any]:
+        """Return the list at `path`, which is left out where it is empty."""
+        rows = _member(row, *path)
+        if not isinstance(rows, list | None):
+            raise self._malformed(".".join(path))
+        return rows or []
 
     def _malformed(self, member: str) -> BadAnswer:
         return BadAnswer(f"{self.url}: the answer of {self._tracking} has no {member}: check tracking_uri")
@@ -400,6 +414,13 @@ class _Row(NamedTuple):
 
     path: str
     size: int | None
+
+
+def _member(row: Any, *path: str) -> Any:
+    """Return what is at `path` in objects of objects; None if there is nothing."""
+    for name in path:
+        row = row.get(name) if isinstance(row, dict) else None
+    return row
 
 
 def _below(root: str, path: str) -> str:

@@ -208,7 +208,10 @@ class OciStore:
 
     async def _led(self, reply: Reply) -> Location:
         """Return the location that the registry leads to: elsewhere as a rule, and signed."""
-        target = reply.answer.url.join(reply.answer.headers.get("location", ""))
+        try:
+            target = reply.answer.url.join(reply.answer.headers.get("location", ""))
+        except httpx.InvalidURL as error:
+            raise BadAnswer(f"{self.url}: the registry redirects to a malformed URL") from error
         url = str(target)
         public = await trio.to_thread.run_sync(leads, self._base, url, limiter=_THREADS)
         if _origin(target) == _origin(reply.answer.url):

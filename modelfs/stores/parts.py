@@ -76,10 +76,9 @@ def _fault(numbers: Sequence[int], counted: bool) -> str:
     if len({*numbers}) < len(numbers):
         return "two of its parts have the same number"
     first = 1 if counted and numbers[0] else 0
-    missing = sorted({*range(first, numbers[-1])} - {*numbers})
+    count = numbers[-1] - first + 1
+    missing = count - len(numbers)
     if not missing:
         return ""
-    count = numbers[-1] - first + 1
-    return (
-        f"{len(missing)} of its {count} parts are missing, the first of them is part {missing[0] - first + 1}"
-    )
+    gap = next(place for place, number in enumerate(numbers) if number != first + place)
+    return f"{missing} of its {count} parts are missing, the first of them is part {gap + 1}"
