@@ -34,7 +34,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && mkdir -p /var/lib/modelfs
 COPY --from=build /opt/modelfs /opt/modelfs
-COPY --chmod=0755 packaging/container/modelfs-node /usr/local/bin/modelfs-node
+COPY --chmod=0755 packaging/container/modelfs-node packaging/container/modelfs-untaint /usr/local/bin/
 ENV PATH=/opt/modelfs/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

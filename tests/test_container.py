@@ -37,6 +37,13 @@ def test_hadolint_has_nothing_to_say() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_the_scripts_of_the_image_are_clean() -> None:
+    ruff = Path(sys.executable).parent / "ruff"
+    done = subprocess.run([ruff, "check", ROOT / "packaging/container/modelfs-untaint"], check=False)
+    assert done.returncode == 0
+    assert all(os.access(NODE.with_name(name), os.X_OK) for name in ("modelfs-node", "modelfs-untaint"))
+
+
 def test_everything_the_image_installs_has_an_exact_version() -> None:
     lines = (ROOT / "packaging/container/constraints.txt").read_text().splitlines()[1:]
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][\w.]*", line)] == []
