@@ -7,8 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 
+from modelfs.errors import MountError
 from tests.mount.reference.chance import random_operations
 from tests.mount.reference.world import Operation, world
+
+FAILURES = AssertionError, OSError, RuntimeError, MountError
+"""How a difference between the mount and the reference shows."""
 
 
 def failure(operations: Sequence[Operation], transport: str) -> tuple[int, str] | None:
@@ -19,7 +23,7 @@ def failure(operations: Sequence[Operation], transport: str) -> tuple[int, str] 
             for operation in operations:
                 own.play([operation])
                 done.append(operation)
-        except (AssertionError, OSError, RuntimeError) as error:
+        except FAILURES as error:
             return len(done), str(error)
     return None
 
@@ -61,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
                         if wanted.verbose:
                             print(f"{time.monotonic():.3f} {operation}", flush=True)
                         own.play([operation])
-                except (AssertionError, OSError, RuntimeError) as error:
+                except FAILURES as error:
                     print(f"{transport}, seed {seed}, operation {len(done)}: {error}")
                     break
             else:

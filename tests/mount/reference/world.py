@@ -444,6 +444,7 @@ class World:
         """
         if any(self._excuses(h.model, h.path, h.versions) for h in self._handles.values()):
             return
+        eventually(self._pid, 60)  # a successor answers readers before it can be asked to verify
         hit = 0
         for path in self._cached():
             facts = path.stat()
