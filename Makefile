@@ -56,8 +56,9 @@ chaos: .venv/.ready  ## 200 SIGKILLs of the daemon under readers that compare ev
 storm: .venv/.ready  ## 10,000 faults of all kinds between every network store and its readers (5 minutes)
 	@$(BIN)/python -m tests.faults.storm $(ARGS)
 
-fuzz: .venv/.ready  ## 50,000 damaged and made-up archives for their parsers (10 minutes)
-	@MODELFS_FUZZ_EXAMPLES=50000 $(BIN)/pytest -q -p no:xdist --timeout 3600 tests/archives/test_streams.py $(ARGS)
+fuzz: .venv/.ready  ## 50,000 damaged and made-up archives, and as many answers of stores (1 hour); EXAMPLES=5000
+	@MODELFS_FUZZ_EXAMPLES=$(or $(EXAMPLES),50000) $(BIN)/pytest -q -p no:xdist --timeout 3600 \
+	  tests/archives/test_streams.py tests/stores/test_fuzz.py $(ARGS)
 
 reference: .venv/.ready  ## thousands of random operations on real mounts, and on a dict (10 minutes, root)
 	@$(BIN)/python -m tests.mount.reference $(ARGS)
