@@ -111,11 +111,16 @@ def test_the_directory_below_the_mount_is_made_unreadable(node: Any, tmp_path: P
 
 
 def test_ready_is_a_daemon_and_a_mount_that_answer(node: Any, tmp_path: Path) -> None:
-    assert node("ready")[0] != 0  # there is no directory
-    (tmp_path / "models").mkdir()
+    stat = tmp_path / "bin/stat"
+    stat.write_text("#!/bin/sh\necho 65735546\n")  # FUSE_SUPER_MAGIC
+    stat.chmod(0o755)
     assert node("ready") == (0, ["status /models"])
     assert node("ready", codes="4")[0] == 4
     assert node("alive", codes="4")[0] == 4
+    stat.unlink()
+    assert node("ready")[0] != 0  # there is no directory
+    (tmp_path / "models").mkdir()
+    assert node("ready")[0] != 0  # it is no mount
 
 
 def test_a_drain_ends_with_the_daemon(node: Any) -> None:
