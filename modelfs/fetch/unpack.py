@@ -214,6 +214,7 @@ class Archive:
                 members = list(self.contents.members.values())
                 finish = partial(self._shelf.finish, members, self.contents.rejected, self._points)
                 await trio.to_thread.run_sync(finish, limiter=self._fetcher.disk)
+                self._kept = len(members)  # who waits in `_keep` must not say again that more is to come
             self.done = True
             await self._settled()
         except ModelfsError as error:
