@@ -217,6 +217,7 @@ class CacheMachine(RuleBasedStateMachine):
         crash_image(self.directory, self.home / str(self.generation + 1))
         self.open.clear()
         self.cache.close(sync=False)
+        shutil.rmtree(self.directory)  # whose files are the same: what has another name is not punched
         self.generation += 1
 
     # What always holds
