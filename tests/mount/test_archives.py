@@ -77,7 +77,10 @@ def tree(root: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("transport", "name"),  # what is in an archive does not depend on the transport
+    [*(("kernel", name) for name in FORMATS), ("pyfuse3", "model.tar.gz"), ("pyfuse3", "model.zip")],
+)
 def test_the_source_is_shown_as_its_members(place: Path, transport: str, name: str) -> None:
     archive = place / "store" / name
     archive.parent.mkdir()
