@@ -144,12 +144,16 @@ class Archive:
 
         """
         inside = self._inside(path)
-        while not self.done and not self.contents.holds(inside):
-            await self._advance()
+        while not self.done:
+            contents = self.contents
+            if not contents.holds(inside):
+                await self._advance()
+                continue
+            await self._keep()  # a successor must know what the kernel has seen
+            if contents is self.contents:  # else the archive was found to be wrong meanwhile
+                break
         if not self.contents.holds(inside):
             return None
-        if not self.done:
-            await self._keep()  # a successor must know what the kernel has seen
         member = self.contents.members.get(inside)
         return member.entry(self.prefix, self.version) if member else Entry(path, kind="directory")
 
@@ -233,14 +237,15 @@ class Archive:
             pause = math.inf if isinstance(error, BadArchive) else AGAIN_SECONDS
             self._again_at = trio.current_time() + pause
         if isinstance(error, BadArchive | Corrupt):
-            await trio.to_thread.run_sync(self._discard, limiter=self._fetcher.disk)
+            wrong, self.contents = self.contents, Contents(self._limits)
+            async with self._keeping:
+                self._kept = 0
+                await trio.to_thread.run_sync(self._discard, wrong, limiter=self._fetcher.disk)
 
-    def _discard(self) -> None:
+    def _discard(self, wrong: Contents) -> None:
         """Forget everything that came from it."""
-        members, self.contents = self.contents.members, Contents(self._limits)
-        self._kept = 0
         self._shelf.clear(self._points)
-        for member in members.values():
+        for member in wrong.members.values():
             if member.kind == "file":
                 entry = member.entry(self.prefix, self.version)
                 shown = replace(entry, path=entry.path.removeprefix(self._directory))
