@@ -1,5 +1,7 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 SHELL := /bin/bash
+# The tests start hundreds of processes; compiling all modules anew in each, they would take twice as long.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl fio docker-registry skopeo systemd

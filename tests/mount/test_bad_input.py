@@ -230,7 +230,6 @@ def test_a_mistake_in_the_file_is_refused_with_its_line(text: str, line: int, sa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--source=a=s3://x/", "--source=a=s3://y/"], "model name 'a': it is there twice"),
         (["--source=a=s3://x/", "--source=a/b=s3://y/"], "model name 'a/b': the model 'a'"),
         (["--source=..=s3://x/"], r"model name '\.\.': "),
         (["--source=../a=s3://x/"], r"model name '\.\./a': "),
