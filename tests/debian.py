@@ -1,13 +1,12 @@
 """A fresh Debian to install into: its root directory is made once per checkout, every test writes to a copy.
 
-It is the release of this machine, from the mirror that apt uses here, with what a plain host has: no compiler,
-no pip. Copies are overlays, so they cost nothing. Needs root and mmdebstrap(1).
+It is the release of this machine, from the mirror that apt uses here, with what a plain host has: no
+compiler, no pip. Copies are overlays, so they cost nothing. Needs root and mmdebstrap(1).
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
 import platform
 import shutil
 import subprocess
