@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from modelfs import __version__, control, privileges
 from modelfs.assembly import catalog_of
 from modelfs.cache import Cache
 from modelfs.config import Settings
+from modelfs.control.ready import Readiness
 from modelfs.errors import MountError, unwrapped
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
@@ -74,6 +76,7 @@ async def _main(settings: Settings, ready: Ready, held: Held | None) -> bool:
     place = mountpoint.canonical(settings.mountpoint)
     if not (held and held.mounted):
         await trio.to_thread.run_sync(partial(mountpoint.prepare, place, allow_other=settings.allow_other))
+    web = _web_listener(settings, must=not (held and held.mounted))
     cache = await trio.to_thread.run_sync(
         partial(
             Cache,
@@ -87,15 +90,35 @@ async def _main(settings: Settings, ready: Ready, held: Held | None) -> bool:
     left = False
     try:
         async with trio.open_nursery() as nursery:
-            daemon = Daemon(settings, nursery, cache, client, metrics, held)
+            daemon = Daemon(settings, nursery, cache, client, metrics, held, web)
             left = await daemon.serve(ready)
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
             client.close()
+            if web is not None:
+                web.close()
             # A successor shall not wait for the disk.
             await trio.to_thread.run_sync(partial(cache.close, sync=not left))
     return left
+
+
+def _web_listener(settings: Settings, *, must: bool) -> socket.socket | None:
+    """Listen where the settings say; who takes a mount over keeps it even if that cannot be had."""
+    if settings.http is None:
+        return None
+    try:
+        return control.web_listener(settings.http)
+    except MountError as error:
+        if must:
+            raise
+        log.error("%s", error)
+        return None
+
+
+def _address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{host}:{port}"
 
 
 class Daemon:
@@ -109,6 +132,7 @@ class Daemon:
         client: RangeClient,
         metrics: Metrics,
         held: Held | None,
+        web: socket.socket | None,
     ) -> None:
         self.metrics = metrics
         self._held = held
@@ -121,6 +145,9 @@ class Daemon:
         self._place = mountpoint.canonical(settings.mountpoint)
         self._started = time.time()
         self._stopping = trio.Event()
+        self._readiness = Readiness(self._place)
+        self._web = web
+        self._web_url = f"http://{_address(web)}" if web else None
         self._transport: Transport | None = None
         self._why = ""
         self._fetcher = Fetcher(
@@ -212,7 +239,7 @@ class Daemon:
             ready(self._summary())
             # Only now: a web server takes longer to import than a mount to make.
             app = await trio.to_thread.run_sync(import_module, "modelfs.control.app")
-            await app.serve(self, listener)
+            await app.serve(self, listener, self._web)
 
     def _record(self) -> control.Record:
         return control.Record(self._place, os.getpid(), self._started, __version__)
@@ -268,6 +295,12 @@ class Daemon:
             self._left = True
             self._transport.leave()
 
+    async def unready(self) -> str | None:
+        """Return why the mount does not answer; None if it does."""
+        if self._stopping.is_set() or self._left:
+            return f"{self._place} is being left"
+        return await self._readiness.why_not()
+
     async def refresh(self, model: str | None) -> dict[str, Any]:
         """Resolve one model, or all, now; return their status once new opens see what is new."""
         models = await self._catalog.refresh(model)
@@ -308,6 +341,7 @@ class Daemon:
                 "passthrough": self._transport is not None and self._transport.passthrough,
                 "why": self._why,
             },
+            "http": self._web_url,
             "lock": str(settings.lock) if settings.locked else None,
             "config": str(settings.source_file) if settings.source_file else None,
             "log": str(settings.log_file) if settings.log_file else None,

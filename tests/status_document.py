@@ -16,6 +16,7 @@ _DOCUMENT: dict[str, Any] = {
     "started": 1_700_000_000.0,
     "transport": {"name": "pyfuse3", "passthrough": False, "why": "asked for"},
     "config": "/etc/modelfs/config.yaml",
+    "http": None,
     "lock": None,
     "log": "/var/log/modelfs/models.log",
     "models": [

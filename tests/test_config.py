@@ -121,6 +121,7 @@ EXAMPLES: Mapping[str, tuple[str, Any]] = {
     "refresh": ("5m", 300.0),
     "read_deadline": ("9s", 9.0),
     "scrub": ("5MiB/s", 5 * 1024**2),
+    "http": ("127.0.0.1:9180", "127.0.0.1:9180"),
     "keep_going": ("true", True),
     "pickles": ("warn", "warn"),
     "archives.members": ("7", 7),
@@ -236,7 +237,7 @@ def test_settings_survive_the_way_to_the_daemon() -> None:
 
 def test_settings_that_an_older_modelfs_wrote_are_completed() -> None:
     written = loaded(MODEL).to_json()
-    for name in ("scrub", "locked", "lock"):
+    for name in ("scrub", "http", "locked", "lock"):
         del written[name]
     for model in written["models"]:
         del model["face"], model["fallback_options"]
@@ -714,3 +715,30 @@ def test_the_pace_of_the_scrubber_is_a_rate_or_off(written: str, rate: int) -> N
 def test_another_pace_is_refused(written: str) -> None:
     with pytest.raises(ConfigError, match=r"scrub: .* is neither a rate nor off: write it like 20MiB/s$"):
         loaded(f"{MODEL}scrub: {written}\n")
+
+
+@pytest.mark.parametrize(
+    ("written", "address"),
+    [
+        ("127.0.0.1:9180", "127.0.0.1:9180"),
+        ('"[::1]:9180"', "[::1]:9180"),
+        ("public 0.0.0.0:9180", "0.0.0.0:9180"),
+        ("off", None),
+    ],
+)
+def test_http_is_an_address(written: str, address: str | None) -> None:
+    assert loaded(f"{MODEL}http: {written}\n").http == address
+
+
+@pytest.mark.parametrize(
+    "written", ["9180", "localhost", "1.2.3:80", '"127.0.0.1:"', "127.0.0.1:70000", '"::1:80"']
+)
+def test_http_that_is_no_address_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"http: .* is no address: write it like 127\.0\.0\.1:9180"):
+        loaded(f"{MODEL}http: {written}\n")
+
+
+@pytest.mark.parametrize("written", ["0.0.0.0:9180", '"[::]:9180"', "192.168.1.5:80"])
+def test_http_that_others_could_reach_has_to_be_marked(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"http: .* can be reached from outside, .* write 'public "):
+        loaded(f"{MODEL}http: {written}\n")

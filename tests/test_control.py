@@ -40,6 +40,7 @@ class FakeDaemon:
         self.stopped = trio.Event()
         self.failure: Exception | None = None
         self.broken: Exception | None = None
+        self.why: str | None = None
         self.go_on = trio.Event()
         self.broken_off = threading.Event()
         self.document = document(mountpoint=mountpoint, pid=os.getpid())
@@ -55,6 +56,10 @@ class FakeDaemon:
     async def status(self) -> dict[str, Any]:
         await trio.lowlevel.checkpoint()
         return self.document
+
+    async def unready(self) -> str | None:
+        await trio.lowlevel.checkpoint()
+        return self.why
 
     async def refresh(self, model: str | None) -> dict[str, Any]:
         await trio.lowlevel.checkpoint()
@@ -218,6 +223,80 @@ def test_nothing_is_logged_in_ordinary_life(
     serving(lambda path: control.ControlClient(path).status())
     assert [record for record in caplog.records if record.name.startswith(("modelfs", "hypercorn"))] == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_readiness_says_why_not() -> None:
+    daemon = FakeDaemon()
+    ready = serving(lambda path: http(path, "GET", "/readyz"), daemon)
+    daemon.why = "/models does not answer within 5 s"
+    unready = serving(lambda path: http(path, "GET", "/readyz"), daemon)
+    assert (ready.status_code, ready.text) == (200, "ok\n")
+    assert (unready.status_code, unready.text) == (503, "/models does not answer within 5 s\n")
+
+
+def test_the_openapi_document_names_every_request_and_what_it_takes() -> None:
+    document = serving(lambda path: http(path, "GET", "/openapi.json")).json()
+    assert document["openapi"] == "3.1.0"
+    described = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
+    page = (Path(__file__).parent.parent / "docs" / "status.md").read_text()
+    assert described == set(re.findall(r"^\| `(GET|POST) (/\S+?)`", page, re.MULTILINE))
+    refresh = document["paths"]["/v1/refresh"]["post"]
+    schema = refresh["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"] == {"model": {"type": "string"}}
+
+
+# -- TCP
+
+
+def over_tcp(daemon: FakeDaemon, address: str, talk: Callable[[str], T]) -> T:
+    """Return what `talk` says, in a thread, to the TCP address of the control API of `daemon`."""
+    web = control.web_listener(address)
+    port = web.getsockname()[1]
+
+    async def main() -> T:
+        path = control.socket_path(daemon.record().mountpoint)
+        with control.announced(path, daemon.record()) as listener:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(app.serve, daemon, listener, web)
+                assert await trio.to_thread.run_sync(control.ControlClient(path).status) == daemon.document
+                with trio.fail_after(20):
+                    answer = await trio.to_thread.run_sync(talk, f"http://{address[:-1]}{port}")
+                nursery.cancel_scope.cancel()
+        return answer
+
+    return trio.run(main)
+
+
+def test_tcp_serves_what_only_reads_and_nothing_else() -> None:
+    daemon = FakeDaemon()
+
+    def talk(url: str) -> dict[tuple[str, str], int]:
+        with httpx.Client(base_url=url, trust_env=False) as client:
+            assert client.get("/v1/status").json() == daemon.document
+            document = client.get("/openapi.json").json()
+            assert {method for item in document["paths"].values() for method in item} == {"get"}
+            actions = ("/v1/refresh", "/v1/verify", "/v1/shutdown", "/v1/handover", "/v1/status", "/metrics")
+            codes = {("POST", path): client.post(path).status_code for path in actions}
+            reads = ("/healthz", "/readyz", "/metrics")
+            return codes | {("GET", path): client.get(path).status_code for path in reads}
+
+    codes = over_tcp(daemon, "127.0.0.1:0", talk)
+    assert {call: code for call, code in codes.items() if code < 400} == {
+        ("GET", "/healthz"): 200,
+        ("GET", "/readyz"): 200,
+        ("GET", "/metrics"): 200,
+    }
+    assert daemon.asked == []
+    assert not daemon.stopped.is_set()
+
+
+def test_an_address_that_is_taken_is_told() -> None:
+    with control.web_listener("127.0.0.1:0") as first:
+        address = f"127.0.0.1:{first.getsockname()[1]}"
+        with pytest.raises(
+            MountError, match=rf"^http: cannot listen on {address}: .*choose another address$"
+        ):
+            control.web_listener(address)
 
 
 # -- the socket

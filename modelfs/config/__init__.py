@@ -36,6 +36,7 @@ from modelfs.config.values import (
     parse_deadline,
     parse_duration,
     parse_globs,
+    parse_http,
     parse_namespaces,
     parse_path,
     parse_pickles,
@@ -166,6 +167,7 @@ class Settings:
         pickles: what becomes of suspicious pickles in models that do not say it themselves.
         archives: what no archive that is shown as a directory may exceed.
         connections: how many requests to stores run at once.
+        http: ``IP:PORT`` where what only reads of the control API is served too; None = nowhere.
         locked: models must be what the lock says.
         lock: the lock file.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
@@ -188,6 +190,7 @@ class Settings:
     pickles: PicklePolicy
     archives: Limits
     connections: int
+    http: str | None
     locked: bool
     lock: Path
     log_level: str
@@ -260,6 +263,7 @@ KEYS: tuple[Key, ...] = (
     Key("archives.ratio", parse_count, _LIMITS.ratio, "most unpacked bytes for each packed one"),
     Key("archives.depth", parse_count, _LIMITS.depth, "most components of a member's path"),
     Key("connections", parse_connections, 16, "requests to stores at once"),
+    Key("http", parse_http, None, "address for status, health and metrics, like 127.0.0.1:9180, or off"),
     Key("locked", parse_boolean, False, "refuse models that are not what the lock says"),
     Key("lock", parse_path, None, "the lock that modelfs lock writes"),
     Key("log_level", choice("debug", "info", "warning", "error"), "info", "how much is logged"),

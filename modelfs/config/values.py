@@ -6,6 +6,7 @@ Each takes what a file, an environment variable or a flag holds and raises Value
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -153,6 +154,29 @@ def parse_connections(value: Any) -> int:
     if not re.fullmatch(r"[1-9]\d{0,2}", text, re.ASCII) or int(text) > 256:
         raise ValueError(f"{quoted(value)} is not a whole number from 1 to 256")
     return int(text)
+
+
+def parse_http(value: Any) -> str | None:
+    """Return ``IP:PORT``, or None for ``off``; what others can reach needs ``public`` before it."""
+    if value is False or value == "off":  # YAML takes off for false
+        return None
+    fault = ValueError(f"{quoted(value)} is no address: write it like 127.0.0.1:9180 or [::1]:9180")
+    if not isinstance(value, str):
+        raise fault
+    public, address = re.fullmatch(r"(public )?\s*(.*)", value.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    host, _, port = address.rpartition(":")
+    try:
+        ip = ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+    except ValueError:
+        raise fault from None
+    if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535 or (ip.version == 6) != ("[" in host):
+        raise fault
+    if not ip.is_loopback and public is None:
+        raise ValueError(
+            f"{address} can be reached from outside, and whoever reaches it sees the status: "
+            f"if that is meant, write 'public {address}'"
+        )
+    return address
 
 
 def parse_text(value: Any) -> str:

@@ -1,12 +1,15 @@
-"""The daemon's side of the control API: a Starlette application on a Unix socket, served by trio."""
+"""The daemon's side of the control API: a Starlette application on a Unix socket, served by trio.
+
+What only reads is also served on TCP, if there is a listener for it.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import hypercorn.config
 import hypercorn.trio
@@ -19,6 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from modelfs import __version__
 from modelfs.errors import AccessDenied, ConfigError, ModelfsError, NotFound
 from modelfs.metrics import Metrics
 
@@ -47,6 +51,9 @@ class Daemon(Protocol):
 
     async def status(self) -> dict[str, Any]:
         """Return the state as docs/status.md describes it."""
+
+    async def unready(self) -> str | None:
+        """Return why the mount does not answer; None if it does. Takes a few seconds at the most."""
 
     async def refresh(self, model: str | None) -> dict[str, Any]:
         """Resolve `model`, or every model, again; return ``{"models": [...]}`` as in docs/status.md.
@@ -81,8 +88,19 @@ class Daemon(Protocol):
         """Begin to leave the mount to a successor; returns at once."""
 
 
-def application(daemon: Daemon) -> Starlette:
-    """Return the control API of `daemon` as an ASGI application."""
+class Call(NamedTuple):
+    """One thing that can be asked for: what answers it, and what the OpenAPI document says of it."""
+
+    method: str
+    path: str
+    answer: Callable[[Request], Awaitable[Response]]
+    text: str
+    media: str = "application/json"
+    takes_model: bool = False
+
+
+def application(daemon: Daemon, *, read_only: bool = False) -> Starlette:
+    """Return the control API of `daemon` as an ASGI application; with `read_only` only what is a GET."""
 
     async def status(request: Request) -> Response:
         return JSONResponse(await daemon.status())
@@ -110,21 +128,63 @@ def application(daemon: Daemon) -> Starlette:
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
 
+    async def readyz(request: Request) -> Response:
+        why = await daemon.unready()
+        return PlainTextResponse(f"{why or 'ok'}\n", 503 if why else 200)
+
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(daemon.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(_openapi(calls))
+
+    calls = [
+        Call("GET", "/v1/status", status, "The state of the mount"),
+        Call("POST", "/v1/refresh", refresh, "Look for new revisions", takes_model=True),
+        Call("POST", "/v1/verify", verify, "Read the cache again", _LINES, takes_model=True),
+        Call("POST", "/v1/shutdown", shutdown, "Unmount and end"),
+        Call("POST", "/v1/handover", handover, "Leave the mount to a successor"),
+        Call("GET", "/healthz", healthz, "Whether the daemon lives", "text/plain"),
+        Call("GET", "/readyz", readyz, "Whether the mount answers; 503 with the reason if not", "text/plain"),
+        Call("GET", "/metrics", metrics, "Counters for Prometheus", "text/plain"),
+        Call("GET", "/openapi.json", openapi, "This document"),
+    ]
+    calls = [call for call in calls if call.method == "GET" or not read_only]
     return Starlette(
-        routes=[
-            Route("/v1/status", status),
-            Route("/v1/refresh", refresh, methods=["POST"]),
-            Route("/v1/verify", verify, methods=["POST"]),
-            Route("/v1/shutdown", shutdown, methods=["POST"]),
-            Route("/v1/handover", handover, methods=["POST"]),
-            Route("/healthz", healthz),
-            Route("/metrics", metrics),
-        ],
+        routes=[Route(call.path, call.answer, methods=[call.method]) for call in calls],
         exception_handlers={ModelfsError: _refusal, Exception: _bug},
     )
+
+
+_LINES = "application/x-ndjson"
+
+
+def _openapi(calls: Iterable[Call]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of `calls` (https://spec.openapis.org/oas/v3.1.0)."""
+    paths: dict[str, Any] = {}
+    for call in calls:
+        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        operation: dict[str, Any] = {
+            "summary": call.text,
+            "responses": {
+                "200": {"description": "Done", "content": {call.media: {}}},
+                "default": {"description": "Refused", "content": error},
+            },
+        }
+        if call.path == "/readyz":
+            operation["responses"]["503"] = {"description": "Not ready", "content": {call.media: {}}}
+        if call.takes_model:
+            model = {"type": "object", "properties": {"model": {"type": "string"}}}
+            content = {"application/json": {"schema": {**model, "additionalProperties": False}}}
+            operation["requestBody"] = {"content": content}
+        paths.setdefault(call.path, {})[call.method.lower()] = operation
+    texts = {"error": {"type": "string"}, "kind": {"type": "string"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "The control API of modelfs", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": {"Error": {"type": "object", "properties": texts, "required": ["error"]}}},
+    }
 
 
 async def _model(request: Request) -> str | None:
@@ -147,7 +207,7 @@ class _Lines(Response):
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        super().__init__(media_type="application/x-ndjson")
+        super().__init__(media_type=_LINES)
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,13 +248,27 @@ async def _bug(request: Request, error: Exception) -> Response:
 async def serve(
     daemon: Daemon,
     listener: socket.socket,
+    web: socket.socket | None = None,
     *,
-    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the control API of `daemon` on `listener` until cancelled; for ``nursery.start``."""
-    # hypercorn takes the descriptor over and closes it.
-    config = _server_config(listener.detach())
-    await hypercorn.trio.serve(application(daemon), config, task_status=task_status)  # type: ignore[arg-type]
+    """Serve the control API of `daemon` until cancelled; for ``nursery.start``.
+
+    Args:
+        daemon: what is shown and driven.
+        listener: where all of it is served; it is taken over.
+        web: where only what reads is served; it is taken over too.
+        task_status: is told when everything is served.
+
+    """
+    async with trio.open_nursery() as nursery:
+        for sock, read_only in ((listener, False), (web, True)):
+            if sock is not None:
+                # hypercorn takes the descriptor over and closes it.
+                config = _server_config(sock.detach())
+                api = application(daemon, read_only=read_only)
+                await nursery.start(hypercorn.trio.serve, api, config)
+        task_status.started()
 
 
 def _server_config(descriptor: int) -> hypercorn.config.Config:

@@ -139,6 +139,23 @@ def announced(path: Path, record: Record) -> Iterator[socket.socket]:
         yield listener
 
 
+def web_listener(address: str) -> socket.socket:
+    """Listen on `address`, ``HOST:PORT`` as the configuration gives it; port 0 is any free one.
+
+    Raises:
+        MountError: the address cannot be had.
+
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, int(port)), family=family)
+    except OSError as error:
+        why = error.strerror or error
+        raise MountError(f"http: cannot listen on {address}: {why}: choose another address") from error
+
+
 def write_record(sock: Path, record: Record) -> None:
     """Put `record` beside the socket `sock`, at once or not at all."""
     new = sock.with_suffix(".new")
