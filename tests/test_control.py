@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import trio
+import trio.testing
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from modelfs import control
@@ -42,6 +43,7 @@ class FakeDaemon:
         self.broken: Exception | None = None
         self.why: str | None = None
         self.go_on = trio.Event()
+        self.flood = False
         self.broken_off = threading.Event()
         self.document = document(mountpoint=mountpoint, pid=os.getpid())
 
@@ -74,6 +76,8 @@ class FakeDaemon:
 
         async def work(tell: Tell) -> dict[str, Any]:
             await tell({"name": "m/file", "done": 1, "total": 2})
+            while self.flood:
+                await tell({"name": "m/file" * 1000, "done": 1, "total": 2})
             try:
                 await self.go_on.wait()
             except trio.Cancelled:
@@ -198,6 +202,32 @@ def test_a_shutdown_is_answered_before_the_daemon_stops() -> None:
                 await trio.to_thread.run_sync(control.ControlClient(path).stop)
                 await daemon.stopped.wait()
             nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(
+    "ask", [b"POST /v1/verify", b"GET /v1/status", b""], ids=["flood", "keep", "connect"]
+)
+def test_a_connection_that_is_left_open_keeps_no_daemon_alive(ask: bytes) -> None:
+    daemon = FakeDaemon()
+    daemon.flood = True
+
+    async def main() -> None:
+        path = control.socket_path(Path("/models"))
+        with socket.socket(socket.AF_UNIX) as client:
+            late = threading.Timer(20, client.shutdown, [socket.SHUT_RDWR])
+            async with trio.open_nursery() as nursery:
+                await nursery.start(serve, daemon, path)
+                client.connect(str(path))
+                if ask:
+                    client.send(ask + b" HTTP/1.1\r\nHost: x\r\ncontent-length: 0\r\n\r\n")
+                    await trio.lowlevel.wait_readable(client)
+                await trio.testing.wait_all_tasks_blocked(0.1)  # what is sent fills all buffers
+                late.start()
+                nursery.cancel_scope.cancel()
+            assert late.is_alive()
+            late.cancel()
 
     trio.run(main)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import hypercorn.config
@@ -133,7 +135,8 @@ def application(daemon: Daemon, *, read_only: bool = False) -> Starlette:
         return PlainTextResponse(f"{why or 'ok'}\n", 503 if why else 200)
 
     async def metrics(request: Request) -> Response:
-        return Response(generate_latest(daemon.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        text = await trio.to_thread.run_sync(generate_latest, daemon.metrics.registry)  # it asks the disk
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(_openapi(calls))
@@ -261,14 +264,43 @@ async def serve(
         task_status: is told when everything is served.
 
     """
+    served = {_place(sock) for sock in (listener, web) if sock is not None}
     async with trio.open_nursery() as nursery:
-        for sock, read_only in ((listener, False), (web, True)):
-            if sock is not None:
-                # hypercorn takes the descriptor over and closes it.
-                config = _server_config(sock.detach())
-                api = application(daemon, read_only=read_only)
-                await nursery.start(hypercorn.trio.serve, api, config)
-        task_status.started()
+        try:
+            for sock, read_only in ((listener, False), (web, True)):
+                if sock is not None:
+                    # hypercorn takes the descriptor over and closes it.
+                    config = _server_config(sock.detach())
+                    api = application(daemon, read_only=read_only)
+                    await nursery.start(hypercorn.trio.serve, api, config)
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            _hang_up(served)
+
+
+def _place(sock: socket.socket) -> str | int:
+    """Return what a listener and the connections accepted there have in common: a path, or a port."""
+    address = sock.getsockname()
+    port: str | int = address[1] if isinstance(address, tuple) else address
+    return port
+
+
+def _hang_up(served: Container[str | int]) -> None:
+    """End all connections that were accepted at these places.
+
+    hypercorn shields what it sends from being cancelled: a client that takes nothing, because it was stopped,
+    would keep the daemon alive. It does not say which connections it has.
+    """
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # no socket, or closed meanwhile
+            sock = socket.socket(fileno=int(descriptor.name))
+            try:
+                listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if not listens and _place(sock) in served:
+                    sock.shutdown(socket.SHUT_RDWR)
+            finally:
+                sock.detach()
 
 
 def _server_config(descriptor: int) -> hypercorn.config.Config:

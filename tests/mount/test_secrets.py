@@ -52,9 +52,10 @@ def everything_shown(mount: Mounted) -> Iterator[tuple[str, bytes]]:
         result = mount.cli(word, str(mount.path))
         yield word, (result.stdout + result.stderr).encode()
     (control,) = Path(mount.env["MODELFS_RUNTIME_DIR"]).glob("*.sock")
-    for path in ("metrics", "v1/status", "healthz"):
-        answer = ["curl", "-sS", "--unix-socket", str(control), f"http://modelfs/{path}"]
-        yield path, subprocess.run(answer, check=True, capture_output=True).stdout
+    for path in ("metrics", "v1/status", "healthz", "readyz", "openapi.json"):
+        for where in (["--unix-socket", str(control), "http://modelfs"], [status["http"]]):
+            answer = ["curl", "-sSi", "--noproxy", "*", *where[:-1], f"{where[-1]}/{path}"]
+            yield f"{path} at {where[-1]}", subprocess.run(answer, check=True, capture_output=True).stdout
     for pid in {status["pid"], status["holder_pid"]} - {None}:
         yield f"cmdline of {pid}", Path(f"/proc/{pid}/cmdline").read_bytes()
     for path in (*files_below(mount.cache), *files_below(control.parent)):
@@ -145,6 +146,7 @@ def working(hub: HubServer, s3: S3Server) -> Iterator[Mounted]:
     """A mount whose stores all want a secret and get it."""
     with open_directory() as place, scripted(guarded) as (url, _):
         config = f"""
+http: 127.0.0.1:0
 models:
   userinfo: {with_secret(url, "userinfo")}userinfo/
   query: {url}query/model.bin?X-Amz-Signature={canary("query")}
@@ -191,6 +193,7 @@ def test_failing_stores_show_no_secret(place: Path, hub: HubServer, s3: S3Server
         token = place / "token"
         token.write_text(canary("wrong-token"))
         config = f"""
+http: 127.0.0.1:0
 keep_going: true
 read_deadline: 2s
 models:
