@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 Ready = Callable[[dict[str, Any]], None]
 """Is told that the tree answers, with the parts of the status that are of interest then."""
 
+STATES = ("ready", "offline", "resolving", "unavailable")
+"""What is counted of the models; those that are offline are ready too."""
+
 DRAIN_SECONDS = 10.0
 """How long open files are served after the daemon was asked to stop."""
 
@@ -171,6 +174,13 @@ class Daemon:
         self._untold: set[trio.Event] = set()
         """One for each notice that the kernel is being given of what is new."""
         self._catalog = catalog_of(settings, self._tree, cache, self._fetcher, metrics, self._invalidate)
+        for state in STATES:
+            metrics.models.labels(state).set_function(partial(self._count_models, state))
+
+    def _count_models(self, state: str) -> int:
+        models = list(self._catalog.models.values())
+        shown = ("offline" if model.offline and model.state == "ready" else model.state for model in models)
+        return sum(each == state for each in shown)
 
     def _invalidate(self, changes: list[Change]) -> None:
         if self._transport is None:
@@ -199,6 +209,9 @@ class Daemon:
             cache=self._cache.directory,
             held=self._held,
         )
+        name, passthrough = self._transport.name, str(self._transport.passthrough).lower()
+        self.metrics.mount.labels(name, passthrough).set(1)
+        self.metrics.handovers.inc(self._held.handovers if self._held else 0)
         if self._succeeding:
             self._invalidate([*self._early])
         self._early.clear()

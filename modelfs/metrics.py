@@ -7,15 +7,18 @@ are part of the public interface: dashboards and alerts use them.
 from __future__ import annotations
 
 import math
+import platform
 import time
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate
 
 import trio
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from modelfs import __version__
 
 LAGS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, math.inf)
 """Buckets of `LoopLag`, in seconds; a lag above 20 ms is one too much."""
@@ -65,8 +68,7 @@ class LoopLag(trio.abc.Instrument, Collector):
 class Metrics:
     """The instruments of one daemon; each attribute is one metric family.
 
-    Labels: ``scheme`` is the store's URL scheme, ``kind`` the name of an error class, ``operation`` the name
-    that the FUSE protocol has for a request.
+    docs/metrics.md describes them and their labels. A gauge with a function asks it whenever it is collected.
     """
 
     def __init__(self) -> None:
@@ -75,6 +77,16 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"modelfs_{name}", text, labels, registry=self.registry)
 
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"modelfs_{name}", text, labels, registry=self.registry)
+
+        ProcessCollector(registry=self.registry)
+        build = gauge("build_info", "1, for the versions of what runs", "version", "python")
+        build.labels(__version__, platform.python_version()).set(1)
+        self.mount = gauge("mount_info", "1, for how the kernel is served", "transport", "passthrough")
+        self.handovers = counter("handovers", "Daemons that took the mount over from one before them")
+        self.models = gauge("models", "Models, by what can be had of them", "state")
+        self.reads = counter("reads", "Reads, by whether the bytes were in the cache", "scheme", "result")
         self.read_bytes = counter("read_bytes", "Bytes given to readers")
         self.hit_bytes = counter("hit_bytes", "Bytes given to readers that were in the cache when asked for")
         self.fetched_bytes = counter("fetched_bytes", "Body bytes received from stores", "scheme")
@@ -84,18 +96,26 @@ class Metrics:
         self.store_errors = counter("store_errors", "Failures of stores", "scheme", "kind")
         self.read_errors = counter("read_errors", "Errors given to readers", "kind")
         self.resolutions = counter("resolutions", "Snapshots resolved at stores", "scheme")
+        self.cache_bytes = gauge("cache_bytes", "Bytes of disk that cached objects use")
+        self.cache_limit = gauge("cache_limit_bytes", "Bytes of disk that they may use; +Inf without a limit")
+        self.cache_free = gauge("cache_free_bytes", "Bytes that are free on the disk of the cache")
+        self.cache_objects = gauge("cache_objects", "Objects in the cache, complete or not")
         self.evicted_bytes = counter("evicted_bytes", "Bytes removed from the cache to make room")
+        self.evicted_objects = counter("evicted_objects", "Objects removed whole from the cache to make room")
         self.verified = counter("verified_objects", "Objects whose published digest was checked", "result")
         self.verified_bytes = counter("verified_bytes", "Cached bytes read again to find bad ones")
         self.bad_blocks = counter("bad_blocks", "Cached blocks that did not match their checksum")
         self.cache_errors = counter("cache_errors", "Failed operations on the cache disk")
         self.fuse_requests = counter("fuse_requests", "Requests from the kernel", "operation")
-        self.open_handles = Gauge("modelfs_open_handles", "Open files", registry=self.registry)
-        self.breaker = Gauge(
-            "modelfs_breaker_state",
+        self.opens = counter("opens", "Files opened")
+        self.passthrough_opens = counter(
+            "passthrough_opens", "Files opened that the kernel reads without the daemon"
+        )
+        self.open_handles = gauge("open_handles", "Open files")
+        self.breaker = gauge(
+            "breaker_state",
             "Circuit breaker of a store that failed since the start: 0 closed, 1 half-open, 2 open",
-            ["store"],
-            registry=self.registry,
+            "store",
         )
         self.fetch_seconds = Histogram(
             "modelfs_fetch_seconds",

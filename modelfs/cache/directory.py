@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import re
 import threading
@@ -110,6 +111,10 @@ class Cache:
                 "name another directory as cache.dir or mend its rights and mount"
             ) from error
         self._meta = Meta(self.directory / "meta", metrics)
+        self.metrics.cache_bytes.set_function(self.used)
+        self.metrics.cache_limit.set_function(lambda: math.inf if self.limit is None else self.limit)
+        self.metrics.cache_free.set_function(lambda: self.usage().free)
+        self.metrics.cache_objects.set_function(lambda: len(self.index))
         pins = self._meta.get(_PINS)
         self._pins = frozenset(pins if isinstance(pins, list) else ())
 
@@ -323,10 +328,12 @@ class Cache:
             if key in self._open or key in self._pins:
                 return 0
             try:
-                return self._remove(key, self._stem(key))
+                freed = self._remove(key, self._stem(key))
             except CacheError as error:
                 _log.warning("%s", error)
                 return 0
+        self.metrics.evicted_objects.inc()
+        return freed
 
     def _free(self) -> tuple[int, int]:
         """Return the free bytes of the disk, and how many must stay so."""

@@ -66,6 +66,8 @@ class Reader:
         self._fetcher = fetcher
         self._download = download
         self._closed = False
+        reads = fetcher.metrics.reads
+        self._hits, self._misses = (reads.labels(download.source.scheme, how) for how in ("hit", "miss"))
 
     def close(self) -> None:
         """Let go; prefetching ends with the last reader of the object."""
@@ -141,6 +143,7 @@ class Reader:
     def _served(self, span: Span, *, hit: bool) -> None:
         self._download.seen |= bool(span) and not self._download.object.verified
         self._fetcher.metrics.read_bytes.inc(len(span))
+        (self._hits if hit else self._misses).inc()
         if hit:
             self._fetcher.metrics.hit_bytes.inc(len(span))
         self._fetcher.pump_for(self._download)

@@ -460,6 +460,7 @@ class Transport:
         self._note(request, opened.handle, inode.backing, kind)
         undo = partial(self._close, node, opened.handle)
         if inode.backing:
+            self._ops.metrics.passthrough_opens.inc()
             flags = Opening.NOFLUSH | Opening.PASSTHROUGH
             return Reply((wire.open_out(opened.handle, flags, inode.backing),), undo)
         keep = Opening.KEEP_CACHE if opened.keep_cache else Opening(0)

@@ -220,6 +220,7 @@ class Operations:
             case _:
                 raise OSError(errno.EISDIR if isinstance(node, Directory) else errno.EINVAL, "not a file")
         self._handles[handle] = content
+        self.metrics.opens.inc()
         self.metrics.open_handles.inc()
         return Opened(handle, keep)
 
