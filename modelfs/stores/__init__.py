@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
@@ -211,7 +212,7 @@ def entry_in(snapshot: Snapshot, path: str) -> Entry:
 
 
 def checked_options(url: str, options: Options, known: Mapping[str, type | tuple[type, ...]]) -> Options:
-    """Return `options` after checking every name and type against `known`.
+    """Return `options` after checking every name and type against `known`; all numbers must be positive.
 
     Raises:
         ConfigError: naming the option, the store and what is accepted.
@@ -223,4 +224,25 @@ def checked_options(url: str, options: Options, known: Mapping[str, type | tuple
             raise ConfigError(f"{redact(url)}: unknown option {name!r}; accepted are: {accepted}")
         if not isinstance(value, known[name]):
             raise ConfigError(f"{redact(url)}: option {name!r} has the wrong type ({type(value).__name__})")
+        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+            raise ConfigError(f"{redact(url)}: option {name!r} must be positive")
     return options
+
+
+def server_of(url: str, option: str, configured: str | None, official: str) -> tuple[str, str]:
+    """Return the server that the store `url` asks, and the identity that the store has there.
+
+    Args:
+        url: of the store.
+        option: what the server is called in messages.
+        configured: the URL of the server, if anybody named one.
+        official: the one that is asked otherwise.
+
+    Raises:
+        ConfigError: `configured` is no URL of a server, or one with a user or a query.
+
+    """
+    if configured and not re.fullmatch(r"https?://[^@?#\s]+", configured):
+        raise ConfigError(f"{url}: {option} must look like {official}")
+    server = (configured or official).rstrip("/")
+    return server, url if server == official else f"{url} at {server}"

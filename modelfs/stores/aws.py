@@ -16,19 +16,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
-import trio
-
 from modelfs.errors import AccessDenied, BadAnswer, NotFound, StoreError, Unavailable
 from modelfs.stores import Options
+from modelfs.stores.buckets import THREADS
 
 if TYPE_CHECKING:
     from botocore.session import Session
     from mypy_boto3_s3 import S3Client
 
 T = TypeVar("T")
-
-THREADS = trio.CapacityLimiter(16)
-"""For the threads that ask; an account's client has as many connections."""
 
 _CONNECT_TIMEOUT, _READ_TIMEOUT, _ATTEMPTS = 10, 30, 3
 _TEMPORARY = 600
@@ -170,7 +166,7 @@ def _connect(bucket: str, options: Options) -> _Connection:
             connect_timeout=_CONNECT_TIMEOUT,
             read_timeout=_READ_TIMEOUT,
             retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-            max_pool_connections=int(THREADS.total_tokens),
+            max_pool_connections=THREADS,
         )
         made = session.create_client(
             "s3",

@@ -13,14 +13,16 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale
+from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound
 from modelfs.stores import Options, redact
 from modelfs.types import Entry, Location, Snapshot, path_fault
 
 T = TypeVar("T")
 
-THREADS = trio.CapacityLimiter(16)
-"""For the threads that ask."""
+THREADS = 16
+"""Most threads that ask at the same time: as many connections a library needs."""
+
+_LIMITER = trio.CapacityLimiter(THREADS)
 
 MAX_ENTRIES = 100_000
 """Objects of one model that are listed unless the option ``max_entries`` says otherwise."""
@@ -60,6 +62,10 @@ class Bucket(Protocol):
         """Return where the bytes of the object at `key` can be had, in the version that `entry` is pinned to.
 
         Whether the bucket still has it may be left to those who read.
+
+        Raises:
+            Stale: the bucket no longer has it.
+
         """
 
 
@@ -94,7 +100,7 @@ class BucketStore:
         options: those of the store; ``max_entries`` is used here.
 
     Raises:
-        ConfigError: `path` cannot be shown, or ``max_entries`` is not positive.
+        ConfigError: `path` cannot be shown.
 
     """
 
@@ -106,8 +112,6 @@ class BucketStore:
         self._prefix = f"{path.removesuffix('/')}/" if path else ""
         self._object = "" if path.endswith("/") else path
         self._most: int = options.get("max_entries", MAX_ENTRIES)
-        if self._most < 1:
-            raise ConfigError(f"{url}: max_entries must be at least 1")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"
@@ -138,6 +142,7 @@ class BucketStore:
         That it is gone may be noticed only by who reads there.
 
         Raises:
+            Stale: the bucket no longer has it.
             StoreError: the store cannot be asked, or credentials cannot be had.
 
         """
@@ -147,15 +152,20 @@ class BucketStore:
         entries: list[Entry] = []
         rejected: list[tuple[str, str]] = []
         is_directory = not self._prefix
-        for count, (key, found) in enumerate(self._bucket.entries(self._prefix, self._most + 1), 1):
-            if count > self._most:
-                return Snapshot.of(self.url, "not listed", [], complete=False)
-            is_directory = True
-            path = key.removeprefix(self._prefix)
-            if isinstance(found, Unservable):
-                rejected.append((path, str(found)))
-            elif path:  # not the directory itself
-                entries.append(_entry(path, found))
+        try:
+            for count, (key, found) in enumerate(self._bucket.entries(self._prefix, self._most + 1), 1):
+                if count > self._most:
+                    return Snapshot.of(self.url, "not listed", [], complete=False)
+                is_directory = True
+                path = key.removeprefix(self._prefix)
+                if isinstance(found, Unservable):
+                    rejected.append((path, str(found)))
+                elif path:  # not the directory itself
+                    entries.append(_entry(path, found))
+        except AccessDenied:
+            # The right to read one object does not include listing the bucket.
+            if not self._object or is_directory:
+                raise
         if not is_directory:
             lone = self._lone()
             if lone is None:
@@ -178,10 +188,8 @@ class BucketStore:
     def _locate(self, entry: Entry) -> Location:
         if self._is_lone(entry.path):  # or an object in the directory that has its very name
             lone = self._lone()
-            if lone is not None and lone.version == entry.version:
+            if (lone is not None and lone.version == entry.version) or not self._any(self._prefix):
                 return self._bucket.locate(self._object, entry)
-            if not self._any(self._prefix):
-                raise Stale(f"{self.url}: was changed or removed: refresh the model")
         return self._bucket.locate(self._prefix + entry.path, entry)
 
     def _any(self, prefix: str) -> bool:
@@ -212,7 +220,7 @@ class BucketStore:
                 raise BadAnswer(f"{self.url}: the answer makes no sense: check the endpoint") from error
 
         # Nothing is changed by the question, so its thread may be left behind by a cancelled caller.
-        return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=THREADS)
+        return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=_LIMITER)
 
 
 def _entry(path: str, found: Entry) -> Entry:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import trio
 
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale, StoreError, Unavailable
-from modelfs.stores import Options, entry_in, redact, require
+from modelfs.stores import Options, checked_options, entry_in, redact, require
 from modelfs.types import Entry, Location, Snapshot, Span, path_fault
 
 T = TypeVar("T")
@@ -212,13 +212,12 @@ class _Systems:
                 system = self._idle.pop()
             except IndexError:
                 system = self._make()
-            fit = system.cachable
+            fit = False  # whatever else is raised may have broken it
             try:
                 yield system
+                fit = system.cachable
             except (FileNotFoundError, StoreError):
-                raise
-            except Exception:
-                fit = False
+                fit = system.cachable
                 raise
             finally:
                 if fit:
@@ -257,10 +256,9 @@ def _checked(url: str, options: Options) -> dict[str, Any]:
             raise ConfigError(f"{url}: option {name[:40]!r} is not for the configuration")
         if not isinstance(value, str | int | float):
             raise ConfigError(f"{url}: option {name!r} must be text, a number, true or false")
-    most = options.get("max_entries", 1)
-    if not isinstance(most, int) or most < 1:
-        raise ConfigError(f"{url}: max_entries must be at least 1")
-    return {name: value for name, value in options.items() if name != "max_entries"}
+    own = {name: value for name, value in options.items() if name == "max_entries"}
+    checked_options(url, own, {"max_entries": int})
+    return {name: value for name, value in options.items() if name not in own}
 
 
 def _identity(url: str, arguments: Mapping[str, Any]) -> str:

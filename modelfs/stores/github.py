@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 import trio
 
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale, StoreError, Unavailable
-from modelfs.stores import Options, checked_options, entry_in, redact
+from modelfs.stores import Options, checked_options, entry_in, redact, server_of
 from modelfs.stores.parts import splits
 from modelfs.stores.tokens import checked_token, read_token
 from modelfs.stores.web import Answer, Web, failure, tls_context
@@ -139,15 +139,10 @@ class GitHubStore:
         below = f"/{quote(self._asset)}" if self._asset else ""
         self.url = f"github://{self._repo}@{quote(self._tag, safe='')}{below}"
         checked_options(self.url, options, OPTIONS)
-        api = options.get("api_url") or os.environ.get("GITHUB_API_URL") or _OFFICIAL
-        if not re.fullmatch(r"https?://[^@?#\s]+", api):
-            raise ConfigError(f"{self.url}: the API's URL must look like https://HOST/api/v3")
-        self._api = api.rstrip("/")
-        self.identity = self.url if self._api == _OFFICIAL else f"{self.url} at {self._api}"
+        api = options.get("api_url") or os.environ.get("GITHUB_API_URL")
+        self._api, self.identity = server_of(self.url, "api_url", api, _OFFICIAL)
         self._token_file: str | None = options.get("token_file")
         self._timeout: float = options.get("timeout", 30)
-        if self._timeout <= 0:
-            raise ConfigError(f"{self.url}: option 'timeout' must be positive")
         self._allowance = _Allowance(None)
         self._snapshot: Snapshot | None = None
         self._answers: dict[str, Answer] = {}

@@ -18,7 +18,7 @@ import trio
 
 from modelfs import __version__
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale, StoreError, Unavailable
-from modelfs.stores import Options, checked_options, entry_in, redact
+from modelfs.stores import Options, checked_options, entry_in, redact, server_of
 from modelfs.stores.reach import Reach, allowed, resolved_reach
 from modelfs.stores.tokens import read_token
 from modelfs.stores.web import LINK_LIFE, link_expiry
@@ -86,11 +86,8 @@ class HubStore:
         kind = f"{self._kind}/" if self._kind != "models" or "/" not in self._repo else ""
         self.url = f"hf://{kind}{self._repo}@{self._revision}{below}"
         checked_options(self.url, options, OPTIONS)
-        endpoint = options.get("endpoint") or os.environ.get("HF_ENDPOINT") or _OFFICIAL
-        if not re.match(r"https?://[^@?#]+$", endpoint):
-            raise ConfigError(f"{self.url}: the Hub's endpoint must look like https://HOST")
-        self._endpoint = endpoint.rstrip("/")
-        self.identity = self.url if self._endpoint == _OFFICIAL else f"{self.url} at {self._endpoint}"
+        endpoint = options.get("endpoint") or os.environ.get("HF_ENDPOINT")
+        self._endpoint, self.identity = server_of(self.url, "endpoint", endpoint, _OFFICIAL)
         self._token_file: str | None = options.get("token_file")
         self._known: dict[str, Snapshot] = {}
 

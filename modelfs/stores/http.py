@@ -98,9 +98,6 @@ class HttpStore:
         self._ca_bundle: str | None = options.get("ca_bundle")
         self._max_entries: int = options.get("max_entries", 100_000)
         self._timeout: float = options.get("timeout", 60)
-        for name in ("max_entries", "timeout"):
-            if options.get(name, 1) <= 0:
-                raise ConfigError(f"{self.url}: option {name!r} must be positive")
         self._single = not self._url.endswith("/")
         self._told: str | None = options.get("manifest")
         self._manifest = _manifest_url(self._url, self._told or MANIFEST)

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlencode
 import trio
 
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale, StoreError
-from modelfs.stores import Options, checked_options, entry_in, redact
+from modelfs.stores import Options, checked_options, entry_in, redact, server_of
 from modelfs.stores.tokens import checked_token, read_token
 from modelfs.stores.web import Answer, Web, basic_auth, failure, tls_context
 from modelfs.types import Entry, Location, Snapshot
@@ -61,15 +61,10 @@ class KaggleStore:
         self._variation, self._version = found["variation"], found["version"]
         self.url = f"kaggle://{self._variation}{f'/{self._version}' if self._version else ''}"
         checked_options(self.url, options, OPTIONS)
-        endpoint = options.get("endpoint") or os.environ.get("KAGGLE_API_ENDPOINT") or _OFFICIAL
-        if not re.fullmatch(r"https?://[^@?#\s]+", endpoint):
-            raise ConfigError(f"{self.url}: the endpoint must look like https://HOST")
-        self._endpoint = endpoint.rstrip("/")
-        self.identity = self.url if self._endpoint == _OFFICIAL else f"{self.url} at {self._endpoint}"
+        endpoint = options.get("endpoint") or os.environ.get("KAGGLE_API_ENDPOINT")
+        self._endpoint, self.identity = server_of(self.url, "endpoint", endpoint, _OFFICIAL)
         self._token_file: str | None = options.get("token_file")
         self._timeout: float = options.get("timeout", 30)
-        if self._timeout <= 0:
-            raise ConfigError(f"{self.url}: option 'timeout' must be positive")
         self._snapshot: Snapshot | None = None
 
     def __repr__(self) -> str:

@@ -130,8 +130,6 @@ class OciStore:
             raise ConfigError(f"{self.url}: option 'platform' must look like linux/amd64")
         self._ca_bundle: str | None = options.get("ca_bundle")
         self._timeout: float = options.get("timeout", 30)
-        if self._timeout <= 0:
-            raise ConfigError(f"{self.url}: option 'timeout' must be positive")
         plain = options.get("insecure", _is_loopback(host))
         api = "registry-1.docker.io" if host == "docker.io" else host
         self._base = f"{'http' if plain else 'https'}://{api}/v2/{repo}"

@@ -11,17 +11,15 @@ import base64
 import binascii
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import trio
 
 from modelfs.errors import AccessDenied, BadAnswer, ConfigError, NotFound, Stale
 from modelfs.stores import Options, checked_options, redact
-from modelfs.stores.aws import THREADS, Account
-from modelfs.types import Algorithm, Digest, Entry, Location, Snapshot, path_fault
+from modelfs.stores.aws import Account
+from modelfs.stores.buckets import BucketStore, items
+from modelfs.types import Algorithm, Digest, Entry, Location
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -44,15 +42,16 @@ OPTIONS: Mapping[str, type | tuple[type, ...]] = {
 
 _LONGEST = 7 * 24 * 3600
 """Seconds that Signature Version 4 lets a presigned URL live at most."""
+_PAGE = 1000
+"""Most objects in one page of a listing."""
 _VERSION_PAGES = 10
 """Pages of 1000 versions that are searched for a pinned one."""
 
 
-class S3Store:
-    """A bucket, what lies under a prefix of it, or one object.
+class S3Store(BucketStore):
+    """A bucket, what lies under a prefix of it, or one object; see `BucketStore`.
 
-    ``s3://bucket/pre`` is the directory ``pre/`` (never ``prefix-other/``); if nothing is in it, the object
-    ``pre``. Options, all optional:
+    Options, all optional:
 
     - ``endpoint_url``, ``region``, ``profile``, ``ca_bundle``: as in the AWS configuration, which they
       override. Without ``region`` the bucket is asked for its own.
@@ -71,145 +70,63 @@ class S3Store:
         found = re.fullmatch(r"[sS]3://([A-Za-z0-9][A-Za-z0-9._-]*)(?:/(.*))?", url, re.DOTALL)
         if found is None:
             raise ConfigError(f"{redact(url)!r} is not an S3 URL: write s3://BUCKET/PREFIX/")
-        self._bucket, path = found[1], found[2] or ""
-        if path and path_fault(path.removesuffix("/")):
-            raise ConfigError(
-                f"{redact(url)!r} is no place for a model: {path_fault(path.removesuffix('/'))}"
-            )
-        self.url = f"s3://{self._bucket}/{path}"
-        self._prefix = f"{path.removesuffix('/')}/" if path else ""
-        self._object = "" if path.endswith("/") else path
-        self._options = _checked(self.url, options)
+        name, path = found[1], found[2] or ""
+        canonical = f"s3://{name}/{path}"
+        super().__init__(canonical, _Bucket(canonical, name, _checked(canonical, options)), path, options)
+        self.identity = _identity(canonical, options)
+
+
+class _Bucket:
+    """The way to one bucket, with the rights and the region of an account."""
+
+    def __init__(self, url: str, name: str, options: Options) -> None:
+        self._url = url
+        self._name = name
         self._payer = {"RequestPayer": "requester"} if options.get("requester_pays") else {}
-        self._account = Account(self._bucket, options)
-        self.identity = _identity(self.url, options)
+        self._seconds: int = options.get("expires", 3600)
+        self._account = Account(name, options)
         self._may_pin: bool | None = None
 
-    def __repr__(self) -> str:
-        return f"<S3Store {self.url}>"
+    def entries(self, prefix: str, most: int) -> Iterator[tuple[str, Entry]]:
+        for item in items(self._pages(prefix, min(most, _PAGE)), most):
+            key = item["Key"]
+            yield key, Entry(key, kind="directory") if key.endswith("/") else self._entry(key, item, "Size")
 
-    async def snapshot(self) -> Snapshot:
-        """List everything; not complete if there is more than ``max_entries``.
+    def entry(self, key: str) -> Entry | None:
+        head = self._head(key)
+        return self._entry(key, head, "ContentLength") if head else None
 
-        Raises:
-            NotFound: no such bucket, or nothing of that name in it.
-            StoreError: any other failure.
+    def locate(self, key: str, entry: Entry) -> Location:
+        location = self._current(key, entry) or self._earlier(key, entry)
+        if location is None:
+            raise Stale(f"{self._url}: {entry.path!r} was changed or removed: refresh the model")
+        return location
 
-        """
-        return await self._in_thread(self._snapshot)
-
-    async def entry(self, path: str) -> Entry:
-        """Return the object at `path` as it is now, or a directory if it is the prefix of others.
-
-        Raises:
-            NotFound: nothing is there.
-            StoreError: any other failure.
-
-        """
-        return await self._in_thread(self._entry, path)
-
-    async def locate(self, entry: Entry) -> Location:
-        """Return a URL for the version that `entry` is pinned to, also one that was overwritten since.
-
-        Raises:
-            Stale: the bucket no longer has it.
-            StoreError: any other failure.
-
-        """
-        return await self._in_thread(self._locate, entry)
-
-    # The verbs, in a thread
-
-    def _snapshot(self) -> Snapshot:
-        most = self._options.get("max_entries", 100_000)
-        entries: list[Entry] = []
-        is_directory = not self._prefix
-        try:
-            for item in self._list(self._prefix):
-                is_directory = True
-                if entry := self._listed(item):
-                    entries.append(entry)
-                if len(entries) > most:
-                    return Snapshot.of(self.url, "not listed", [], complete=False)
-        except AccessDenied:
-            # The right to read one object does not include listing the bucket.
-            if not self._object or is_directory:
-                raise
-        if not is_directory:
-            lone = self._lone_entry()
-            if lone is None:
-                raise NotFound(f"{self.url}: there is nothing under this name: check the bucket's listing")
-            entries = [lone]
-        return Snapshot.of(self.url, "", entries)
-
-    def _entry(self, path: str) -> Entry:
-        if not path_fault(path):
-            key = self._prefix + path
-            if head := self._head(key):
-                return self._entry_of(path, head, head["ContentLength"])
-            if self._any(f"{key}/"):
-                return Entry(path, kind="directory")
-            if self._is_lone(path) and not self._any(self._prefix) and (lone := self._lone_entry()):
-                return lone
-        raise NotFound(f"{self.url} has no {path!r}")
-
-    def _locate(self, entry: Entry) -> Location:
-        keys = [self._object] if self._is_lone(entry.path) else []
-        keys.append(self._prefix + entry.path)
-        now = (partial(self._current, key, entry) for key in keys)
-        before = (partial(self._earlier, key, entry) for key in keys)
-        for find in chain(now, before):
-            if location := find():
-                return location
-        raise Stale(f"{self.url}: {entry.path!r} was changed or removed: refresh the model")
-
-    # Keys and entries
-
-    def _is_lone(self, path: str) -> bool:
-        return bool(self._object) and path == self._object.rpartition("/")[2]
-
-    def _lone_entry(self) -> Entry | None:
-        head = self._head(self._object) if self._object else None
-        return self._entry_of(self._object.rpartition("/")[2], head, head["ContentLength"]) if head else None
-
-    def _listed(self, item: Mapping[str, Any]) -> Entry | None:
-        """Return the entry of one row of a listing; None for the directory itself."""
-        path = item["Key"][len(self._prefix) :]
-        if not path:
-            return None
-        if path.endswith("/"):
-            return Entry(path[:-1], kind="directory")
-        return self._entry_of(path, item, item["Size"])
-
-    def _entry_of(self, path: str, item: Mapping[str, Any], size: int) -> Entry:
+    def _entry(self, key: str, item: Mapping[str, Any], size: str) -> Entry:
         if not item.get("ETag"):
-            raise BadAnswer(f"{self.url}: {path!r} has no ETag: this server cannot be read consistently")
-        return Entry(path, size, item["ETag"].strip('"'), mtime=float(int(item["LastModified"].timestamp())))
+            raise BadAnswer(f"{self._url}: {key!r} has no ETag: this server cannot be read consistently")
+        mtime = float(int(item["LastModified"].timestamp()))
+        return Entry(key, item[size], item["ETag"].strip('"'), mtime=mtime)
 
-    def _list(self, prefix: str) -> Iterator[Mapping[str, Any]]:
+    def _pages(self, prefix: str, size: int) -> Iterator[Sequence[Mapping[str, Any]]]:
         more: dict[str, str] = {}
         while True:
-            page = self._ask("listing", partial(self._page, prefix, 1000, more))
-            yield from page.get("Contents", ())
+            page = self._ask("listing", partial(self._page, prefix, size, more))
+            yield page.get("Contents", ())
             if not page.get("IsTruncated"):
                 return
             token = page.get("NextContinuationToken", "")
             if not token or token == more.get("ContinuationToken"):
-                raise BadAnswer(f"{self.url}: the listing does not end")
+                raise BadAnswer(f"{self._url}: the listing does not end")
             more = {"ContinuationToken": token}
 
-    def _any(self, prefix: str) -> bool:
-        return bool(self._ask("listing", partial(self._page, prefix, 1, {})).get("Contents"))
-
-    def _page(self, prefix: str, most: int, more: Mapping[str, str], client: S3Client) -> Mapping[str, Any]:
-        arguments: Any = {"Prefix": prefix, "MaxKeys": most, **more, **self._payer}
-        return client.list_objects_v2(Bucket=self._bucket, **arguments)
+    def _page(self, prefix: str, size: int, more: Mapping[str, str], client: S3Client) -> Mapping[str, Any]:
+        arguments: Any = {"Prefix": prefix, "MaxKeys": size, **more, **self._payer}
+        return client.list_objects_v2(Bucket=self._name, **arguments)
 
     def _versions(self, key: str, more: Mapping[str, str], client: S3Client) -> Mapping[str, Any]:
         arguments: Any = {"Prefix": key, **more, **self._payer}
-        return client.list_object_versions(Bucket=self._bucket, **arguments)
-
-    # Locations
+        return client.list_object_versions(Bucket=self._name, **arguments)
 
     def _current(self, key: str, entry: Entry) -> Location | None:
         head = self._head(key)
@@ -248,18 +165,17 @@ class S3Store:
         pin = {} if version == "null" else {"VersionId": version}
         arguments: Any = {"ChecksumMode": "ENABLED", **pin, **self._payer}
         try:
-            return self._ask(repr(key), lambda c: c.head_object(Bucket=self._bucket, Key=key, **arguments))
+            return self._ask(repr(key), lambda c: c.head_object(Bucket=self._name, Key=key, **arguments))
         except NotFound:
             return None
 
     def _location(self, key: str, head: Head, version: str) -> Location:
         archived = head.get("StorageClass") in ("GLACIER", "DEEP_ARCHIVE")
         if archived and 'ongoing-request="false"' not in head.get("Restore", ""):
-            raise AccessDenied(f"{self.url}: {key!r} is archived ({head['StorageClass']}): restore it first")
+            raise AccessDenied(f"{self._url}: {key!r} is archived ({head['StorageClass']}): restore it first")
         pin = {} if version == "null" else {"VersionId": version}
-        parameters = {"Bucket": self._bucket, "Key": key, **pin, **self._payer}
-        where, seconds = f"{self.url}: {key!r}", self._options.get("expires", 3600)
-        url, expires = self._account.presign(where, parameters, seconds)
+        parameters = {"Bucket": self._name, "Key": key, **pin, **self._payer}
+        url, expires = self._account.presign(f"{self._url}: {key!r}", parameters, self._seconds)
         return Location(
             url,
             # Signed along with the URL, hence to be sent with it.
@@ -270,18 +186,7 @@ class S3Store:
         )
 
     def _ask(self, what: str, question: Callable[[S3Client], T]) -> T:
-        return self._account.ask(f"{self.url}: {what}", question)
-
-    async def _in_thread(self, verb: Callable[..., T], *arguments: Any) -> T:
-        def ask() -> T:
-            try:
-                return verb(*arguments)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                # botocore hands on what it could parse, whether or not it makes sense.
-                raise BadAnswer(f"{self.url}: the answer is not S3's: check endpoint_url") from error
-
-        # Nothing is changed by the question, so its thread may be left behind by a cancelled caller.
-        return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=THREADS)
+        return self._account.ask(f"{self._url}: {what}", question)
 
 
 def _identity(url: str, options: Options, env: Mapping[str, str] = os.environ) -> str:
@@ -301,8 +206,6 @@ def _checked(url: str, options: Options) -> Options:
         raise ConfigError(f"{url}: endpoint_url must look like https://HOST:PORT")
     if not 1 <= options.get("expires", 3600) <= _LONGEST:
         raise ConfigError(f"{url}: expires must be between 1 and {_LONGEST} seconds")
-    if options.get("max_entries", 1) < 1:
-        raise ConfigError(f"{url}: max_entries must be at least 1")
     return options
 
 

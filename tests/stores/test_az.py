@@ -237,7 +237,7 @@ def test_the_endpoint_is_part_of_the_identity(monkeypatch: pytest.MonkeyPatch, t
         (MODEL, {"region": "eu"}, "unknown option 'region'"),
         (MODEL, {"endpoint": "https://user:s3cret@host"}, "endpoint must look like"),
         (MODEL, {"connection_string": "s3cret"}, "the connection string is malformed"),
-        (MODEL, {"expires": 0}, "expires must be between"),
+        (MODEL, {"expires": 0}, "'expires' must be positive"),
     ],
 )
 def test_mistakes_are_config_errors(url: str, options: dict[str, object], text: str) -> None:

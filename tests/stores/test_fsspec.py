@@ -137,7 +137,7 @@ def test_an_option_that_the_file_system_does_not_have_is_told(server: Sftp) -> N
         ("fsspec+zip://a::file:///x.zip", {}, "write fsspec+PROTOCOL://PATH"),
         ("fsspec+memory://x", {"asynchronous": True}, "is not for the configuration"),
         ("fsspec+memory://x", {"nested": {"a": "s3cret"}}, "must be text, a number, true or false"),
-        ("fsspec+memory://x", {"max_entries": 0}, "max_entries must be at least 1"),
+        ("fsspec+memory://x", {"max_entries": 0}, "'max_entries' must be positive"),
     ],
 )
 def test_mistakes_are_config_errors(url: str, given: dict[str, object], text: str) -> None:

@@ -103,7 +103,7 @@ def test_a_lone_object_and_one_in_a_directory_of_its_name_are_not_confused(serve
     for key in ("bert/model.bin", "bert/model.bin/model.bin"):
         server.delete(key)
     with pytest.raises(Stale):
-        trio.run(store.locate, alone)
+        trio.run(read, alone)
 
 
 def test_credentials_are_read_again_when_their_file_is_written(
@@ -196,7 +196,7 @@ def test_a_server_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPat
         ("gs://bucket/a//b", {}, "is no place for a model"),
         ("gs://bucket/x", {"region": "eu"}, "unknown option 'region'"),
         ("gs://bucket/x", {"endpoint": "https://user:s3cret@host"}, "endpoint must look like"),
-        ("gs://bucket/x", {"max_entries": 0}, "max_entries must be at least 1"),
+        ("gs://bucket/x", {"max_entries": 0}, "'max_entries' must be positive"),
     ],
 )
 def test_mistakes_are_config_errors(url: str, options: dict[str, object], text: str) -> None:
