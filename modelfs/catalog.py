@@ -6,11 +6,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import trio
@@ -21,19 +20,19 @@ from modelfs.cache import Cache
 from modelfs.errors import BadAnswer, ConfigError, NotFound, StoreError
 from modelfs.faces import Faces
 from modelfs.fetch.breaker import Breaker
-from modelfs.fetch.chain import answering, same_content, standing
+from modelfs.fetch.chain import answering, same_content
 from modelfs.fetch.engine import Fetcher
-from modelfs.fetch.planner import following
-from modelfs.fetch.reader import Reader
-from modelfs.fetch.scrub import Subject, subjects_in
+from modelfs.fetch.scrub import Subject
 from modelfs.fetch.source import Source, chained, retrying
 from modelfs.fetch.unpack import Archive
+from modelfs.files import Files
 from modelfs.layouts import Holder, arrange, artifact, artifacts, repository
 from modelfs.listing import Line
 from modelfs.lockfile import Lock
+from modelfs.lookups import Lookups
 from modelfs.metrics import Metrics
+from modelfs.model import Model
 from modelfs.namespaces import NAMESPACES, Names, Repositories, path_in, permits
-from modelfs.screen import Screen
 from modelfs.snapshots import Snapshots
 from modelfs.stores import Options, Store, identity_of, open_store
 from modelfs.tree import (
@@ -41,7 +40,6 @@ from modelfs.tree import (
     Branch,
     Change,
     Directory,
-    File,
     Folder,
     Node,
     Text,
@@ -53,8 +51,8 @@ from modelfs.tree import (
     metadata,
     numbers,
 )
-from modelfs.types import Entry, PicklePolicy, Snapshot, entry_fault
-from modelfs.unpacked import Archives, Image, states
+from modelfs.types import PicklePolicy, Snapshot, entry_fault
+from modelfs.unpacked import Archives, Image
 from modelfs.views import Face, ollama
 from modelfs.views.filters import shows
 from modelfs.views.hub import PLACE, folder_of, repositories, revision_in
@@ -73,69 +71,11 @@ CONFIRM_SECONDS = 0.3
 RETRY_SECONDS = 15.0
 """How often an unavailable model is tried again."""
 
-ABSENT_SECONDS = 30.0
-"""How long a name that an on-demand store did not have is not asked for again."""
-
 PARALLEL = 8
 """Most models resolved at the same time."""
 
 FOUND = "found on demand"
 """Name under which the models that were found on demand are kept on disk: path → URL."""
-
-State = Literal["resolving", "ready", "unavailable"]
-
-
-@dataclass(eq=False)
-class Model:
-    """One top-level directory: where it comes from and what of it is known.
-
-    Attributes:
-        name: its path in the tree, ``NAME``, ``ORG/NAME`` or a path in an on-demand namespace.
-        source: the store whose snapshot is shown, or the first of its chain.
-        optional: the mount goes on without it.
-        pinned: what is cached of it stays.
-        listed: what its face leaves of what its store has; None until it is resolved for the first time.
-        snapshot: what is shown of that now, with members in the place of their archives.
-        state: see :data:`State`.
-        why: why it is unavailable, or why the snapshot on disk is used.
-        resolved_at: when `snapshot` was resolved, seconds since the epoch.
-        offline: whether `snapshot` came from disk and the store has not confirmed it since.
-        on_demand: whether it was found in an on-demand namespace.
-        pickles: what becomes of suspicious ones.
-        face: what of it is shown, and how.
-        repositories: as which it is found in a Hub cache.
-        before: what was shown before `snapshot`, of a model that is a repository.
-        is_for_ollama: whether `snapshot` is an artifact that Ollama can run.
-        archives: those that are shown as directories, by path.
-
-    """
-
-    name: str
-    source: Source
-    optional: bool = False
-    pinned: bool = False
-    snapshot: Snapshot | None = None
-    state: State = "resolving"
-    why: str | None = None
-    resolved_at: float | None = None
-    offline: bool = False
-    on_demand: bool = False
-    pickles: PicklePolicy = "allow"
-    face: Face = field(default_factory=Face)
-    repositories: tuple[str, ...] = ()
-    before: Snapshot | None = None
-    is_for_ollama: bool = False
-    listed: Snapshot | None = None
-    archives: Mapping[str, Archive | Image] = field(default_factory=dict)
-    lock: trio.Lock = field(default_factory=trio.Lock)
-
-    def source_of(self, entry: Entry) -> Source:
-        """Return the store that lists `entry`, which may be of a snapshot that is no longer shown."""
-        if len(self.source.chain) > 1:
-            for source in (self.source, *self.source.chain):
-                if source.snapshot is not None and source.snapshot.entries.get(entry.path) == entry:
-                    return source
-        return self.source
 
 
 @dataclass(frozen=True)
@@ -144,10 +84,6 @@ class _Entries:
 
     model: Model
     prefix: str
-
-
-MAX_ABSENT = 10_000
-"""Names remembered as absent: whoever makes names up shall not fill the memory."""
 
 
 class Catalog:
@@ -180,6 +116,7 @@ class Catalog:
     ) -> None:
         self.tree = tree
         self.models: dict[str, Model] = {}
+        self.files = Files(cache, fetcher)
         self._cache = cache
         self._snapshots = Snapshots(cache)
         self._fetcher = fetcher
@@ -189,10 +126,8 @@ class Catalog:
         self._faces = Faces(cache, fetcher, lock)
         self._pickles = pickles
         self._namespaces: list[str] = []
-        self._screen = Screen(cache, fetcher)
         self._archives = Archives(fetcher, cache, limits or Limits(), self._unpacked)
-        self._absent: dict[tuple[int, str], float] = {}
-        self._resolving: dict[tuple[int, str], trio.Lock] = {}
+        self._lookups = Lookups()
         self._slots = trio.CapacityLimiter(PARALLEL)
         self._hub = Folder(inode(PLACE, "", "path"), listed=False)
         tree.put((PLACE,), self._hub)
@@ -275,7 +210,7 @@ class Catalog:
                 message names it.
 
         """
-        nursery.start_soon(self._screen.run)
+        nursery.start_soon(self.files.run)
         patience = 0.0 if at_once else CONFIRM_SECONDS
         await (self._find_again() if at_once else self._remember_found())
         async with trio.open_nursery() as starting:
@@ -477,7 +412,7 @@ class Catalog:
             held = [m for m in self.models.values() if m.is_for_ollama]
             found = artifacts([(m, m.source.url, m.snapshot) for m in held if m.snapshot is not None])
             changes += self.tree.put((ollama.PLACE, "models"), found)
-        self._absent.clear()
+        self._lookups.forget()
         self._publish(changes)
 
     async def _expect(self) -> None:
@@ -601,26 +536,8 @@ class Catalog:
             path = path_in(parent.resolver, name)
             if path is None or not permits(self._namespaces, path):
                 return None
-        key = (parent.ino, name)
-        lock = self._resolving.setdefault(key, trio.Lock())
-        try:
-            async with lock:
-                present = parent.children.get(name)
-                if present is not None:
-                    return present
-                if self._absent.get(key, -math.inf) > trio.current_time():
-                    return None
-                try:
-                    return await self._find(parent, name)
-                except NotFound as error:
-                    log.info("%s", error)
-                    if len(self._absent) >= MAX_ABSENT:
-                        self._absent.clear()
-                    self._absent[key] = trio.current_time() + ABSENT_SECONDS
-                    return None
-        finally:
-            if not lock.locked():
-                self._resolving.pop(key, None)
+        known = partial(parent.children.get, name)
+        return await self._lookups.ask((parent.ino, name), known, partial(self._find, parent, name))
 
     async def _find(self, parent: Folder, name: str) -> Node | None:
         match parent.resolver:
@@ -697,27 +614,6 @@ class Catalog:
         if isinstance(directory, Branch) and directory.resolver is not None:
             await directory.resolver.finish()
 
-    # -- contents --------------------------------------------------------------------------------------
-
-    async def open(self, node: File[Model]) -> tuple[Reader, bool]:
-        """Return a reader of a file, and whether the kernel may keep its pages of it.
-
-        Raises:
-            AccessDenied: it is a pickle that the policy of its model denies.
-            StoreError: the bytes that decide about that cannot be had.
-
-        """
-        source, snapshot = node.model.source_of(node.entry), node.model.snapshot
-        await self._screen.admit(source, node.entry, node.model.pickles)
-        keep = self._fetcher.keeps_pages(source, node.entry)
-        shard = following(node.entry.path)
-        ahead = snapshot.entries.get(shard) if shard and snapshot else None
-        return await self._fetcher.open(source, node.entry, ahead), keep
-
-    def cached_bytes(self, model: Model, entry: Entry) -> int:
-        """Return how many bytes of `entry` are in the cache."""
-        return self._cache.cached_bytes(model.source_of(entry).key(entry), entry.size)
-
     def subjects(self, name: str | None = None) -> list[Subject]:
         """Return what is cached of one model, or everything that is cached, to be read again.
 
@@ -725,67 +621,7 @@ class Catalog:
             NotFound: there is no model of this name.
 
         """
-        found: dict[str, Subject] = {}
-        for model in self._named(name):
-            for entry in model.snapshot.entries.values() if model.snapshot else ():
-                key, present = model.source.key(entry), self.cached_bytes(model, entry)
-                if entry.kind == "file" and present:
-                    found.setdefault(key, Subject(key, f"{model.name}/{entry.path}", present, entry.digest))
-        for subject in subjects_in(self._cache) if name is None else ():
-            found.setdefault(subject.key, subject)
-        return list(found.values())
-
-    def attributes(self, node: File[Model]) -> dict[str, Callable[[], str]]:
-        """Return the extended attributes of a file: name → function that returns the value."""
-        entry, model = node.entry, node.model
-        source = model.source_of(entry)
-        found: dict[str, Callable[[], str]] = {
-            "user.modelfs.source": partial(str, source.url),
-            "user.modelfs.version": partial(str, entry.version),
-            "user.modelfs.cached_bytes": lambda: str(self.cached_bytes(model, entry)),
-        }
-        if entry.digest is not None:
-            found[f"user.modelfs.{entry.digest.algorithm}"] = partial(str, entry.digest.value)
-        imports = self._screen.imports(source, entry)
-        if imports is not None:
-            found["user.modelfs.pickle"] = lambda: imports.suspicion or "harmless"
-        return found
-
-    async def report(self, model: Model) -> dict[str, Any]:
-        """Return what ``modelfs status`` says about a model."""
-        snapshot = model.snapshot
-        sums = await trio.to_thread.run_sync(self._sums, model.source, snapshot) if snapshot else {}
-        return {
-            "name": model.name,
-            "source": model.source.url,
-            "sources": standing(model.source),
-            "state": model.state,
-            "why": model.why,
-            "revision": snapshot.revision if snapshot else None,
-            "resolved_at": model.resolved_at,
-            "offline": model.offline,
-            "files": snapshot.listing.totals.files if snapshot else 0,
-            "size": snapshot.size if snapshot else 0,
-            "cached_bytes": 0,
-            "rejected": len(snapshot.rejected) if snapshot else 0,
-            "hidden": snapshot.hidden if snapshot else 0,
-            "repositories": list(model.repositories),
-            "pickles": model.pickles,
-            "suspicious": {},
-            "archives": states(model.archives.values()),
-            **sums,
-        }
-
-    def _sums(self, source: Source, snapshot: Snapshot) -> dict[str, Any]:
-        """Return what `report` says of a model's files: what is cached of them, and which look suspicious."""
-        cached, suspicious = 0, {}
-        for entry in snapshot.entries.values():
-            if entry.kind == "file":
-                cached += self._cache.cached_bytes(source.key(entry), entry.size)
-                imports = self._screen.imports(source, entry)
-                if imports is not None and imports.suspicion:
-                    suspicious[entry.path] = imports.suspicion
-        return {"cached_bytes": cached, "suspicious": suspicious}
+        return self.files.subjects(self._named(name), also_old=name is None)
 
 
 def _holders(models: Iterable[Model]) -> list[Holder[Model]]:

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from modelfs import __version__, control, privileges
-from modelfs.assembly import catalog_of
+from modelfs.assembly import cache_of, catalog_of, fetcher_of
 from modelfs.cache import Cache
 from modelfs.config import Settings
 from modelfs.control.ready import Readiness
 from modelfs.errors import MountError, unwrapped
 from modelfs.fetch.client import RangeClient
-from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.scrub import Scrubber, Subject, verify
 from modelfs.fuse import mountpoint
 from modelfs.fuse.ledger import Held
@@ -80,15 +79,7 @@ async def _main(settings: Settings, ready: Ready, held: Held | None) -> bool:
     if not (held and held.mounted):
         await trio.to_thread.run_sync(partial(mountpoint.prepare, place, allow_other=settings.allow_other))
     web = _web_listener(settings, must=not (held and held.mounted))
-    cache = await trio.to_thread.run_sync(
-        partial(
-            Cache,
-            settings.cache.directory,
-            limit=settings.cache.size,
-            min_free=settings.cache.min_free,
-            metrics=metrics,
-        )
-    )
+    cache = await cache_of(settings, metrics)
     client = RangeClient(metrics=metrics, connections=settings.connections)
     left = False
     try:
@@ -153,14 +144,7 @@ class Daemon:
         self._web_url = f"http://{_address(web)}" if web else None
         self._transport: Transport | None = None
         self._why = ""
-        self._fetcher = Fetcher(
-            nursery,
-            cache,
-            client,
-            metrics,
-            connections=settings.connections,
-            read_deadline=settings.read_deadline,
-        )
+        self._fetcher = fetcher_of(settings, nursery, cache, client, metrics)
         self._scrubber = Scrubber(
             cache,
             lambda: self._catalog.subjects(),
@@ -320,7 +304,7 @@ class Daemon:
         with trio.move_on_after(TOLD_SECONDS):
             for told in list(self._untold):
                 await told.wait()
-        return {"models": [await self._catalog.report(found) for found in models]}
+        return {"models": [await self._catalog.files.report(found) for found in models]}
 
     def verification(self, model: str | None) -> Work:
         """Return what reads the cached content of `model`, or all of it, again; see `control.app.Daemon`."""
@@ -358,7 +342,9 @@ class Daemon:
             "lock": str(settings.lock) if settings.locked else None,
             "config": str(settings.source_file) if settings.source_file else None,
             "log": str(settings.log_file) if settings.log_file else None,
-            "models": [await self._catalog.report(model) for model in list(self._catalog.models.values())],
+            "models": [
+                await self._catalog.files.report(model) for model in list(self._catalog.models.values())
+            ],
             "namespaces": list(settings.namespaces),
             "cache": {
                 "directory": str(self._cache.directory),

@@ -21,15 +21,16 @@ from urllib.parse import quote
 import trio
 
 from modelfs import control
-from modelfs.assembly import catalog_of
+from modelfs.assembly import cache_of, catalog_of, fetcher_of
 from modelfs.cache import Cache, Loan
-from modelfs.catalog import Catalog, Model
+from modelfs.catalog import Catalog
 from modelfs.config import Settings
 from modelfs.errors import CacheError, CacheLocked, ConfigError, NotFound, Unavailable, unwrapped
 from modelfs.fetch.client import RangeClient
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.reader import Reader
 from modelfs.metrics import Metrics
+from modelfs.model import Model
 from modelfs.tree import Directory, File, Link, Node, Text, Tree
 from modelfs.types import BLOCK
 
@@ -131,26 +132,11 @@ class Engine:
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Hold the cache until `left`; CacheError before it is started if that is impossible."""
         settings, metrics = self._settings, self.metrics
-        self.cache = await trio.to_thread.run_sync(
-            partial(
-                Cache,
-                settings.cache.directory,
-                limit=settings.cache.size,
-                min_free=settings.cache.min_free,
-                metrics=metrics,
-            )
-        )
+        self.cache = await cache_of(settings, metrics)
         client = RangeClient(metrics=metrics, connections=settings.connections)
         try:
             async with trio.open_nursery() as nursery:
-                self.fetcher = Fetcher(
-                    nursery,
-                    self.cache,
-                    client,
-                    metrics,
-                    connections=settings.connections,
-                    read_deadline=settings.read_deadline,
-                )
+                self.fetcher = fetcher_of(settings, nursery, self.cache, client, metrics)
                 task_status.started()
                 await self.left.wait()
                 nursery.cancel_scope.cancel()
@@ -312,7 +298,7 @@ class Local:
             StoreError: the bytes that decide about that cannot be had.
 
         """
-        reader, _ = LOOP.call(self._catalog.open, node)
+        reader, _ = LOOP.call(self._catalog.files.open, node)
         return Content(reader, node.size)
 
     # Directories
@@ -386,7 +372,7 @@ class Local:
             case Text():
                 await _on_disk(_make, target, partial(target.write_bytes, node.content))
             case File():
-                reader, _ = await self._catalog.open(node)
+                reader, _ = await self._catalog.files.open(node)
                 try:
                     for start in range(0, node.size, BLOCK):
                         await reader.place(start, BLOCK)  # which returns when it has arrived

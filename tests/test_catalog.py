@@ -128,7 +128,7 @@ def node_at(own: Catalog, *path: str) -> Node:
 async def content(own: Catalog, *path: str) -> bytes:
     node: Any = node_at(own, *path)
     assert isinstance(node, File)
-    reader, _ = await own.open(node)
+    reader, _ = await own.files.open(node)
     try:
         return bytes(await reader.read(0, node.entry.size))
     finally:
@@ -148,12 +148,12 @@ def test_a_pinned_model_is_not_evicted(tmp_path: Path, monkeypatch: pytest.Monke
             kept, dropped = (node_at(own, name, "w") for name in stores)
             assert isinstance(kept, File)
             assert isinstance(dropped, File)
-            while sum(own.cached_bytes(n.model, n.entry) for n in (kept, dropped)) < 2 * BLOCK:  # noqa: ASYNC110
+            while sum(own.files.cached_bytes(n.model, n.entry) for n in (kept, dropped)) < 2 * BLOCK:  # noqa: ASYNC110
                 await trio.sleep(0.01)  # a thread makes the last block part of the cache
             cache.limit = 0
-            while own.cached_bytes(dropped.model, dropped.entry):  # it is closed in a thread
+            while own.files.cached_bytes(dropped.model, dropped.entry):  # it is closed in a thread
                 await trio.to_thread.run_sync(cache.make_room, 0)
-            assert own.cached_bytes(kept.model, kept.entry) == BLOCK
+            assert own.files.cached_bytes(kept.model, kept.entry) == BLOCK
         # Not pinned any more, it may go.
         async with catalog(tmp_path, monkeypatch, stores) as (own, cache):
             assert cache.usage().pinned == 0
@@ -362,7 +362,7 @@ def test_the_next_store_gives_its_snapshot_while_there_is_none(
     async def test() -> None:
         async with catalog(tmp_path, monkeypatch, stores, fallbacks=BEHIND) as (own, _):
             assert await content(own, "a", "w") == b"two"
-            report = await own.report(own.models["a"])
+            report = await own.files.report(own.models["a"])
             assert (report["source"], report["why"], report["offline"]) == ("memory://b", None, False)
             assert serving(own) == [("failing", False), ("ready", True)]
             assert "out of reach" in report["sources"][0]["why"]
@@ -372,10 +372,10 @@ def test_the_next_store_gives_its_snapshot_while_there_is_none(
             assert await content(own, "a", "w") == b"1"
             assert serving(own) == [("ready", True), ("ready", False)]
             # What was open or known before stays what it was.
-            reader, _ = await own.open(node)
+            reader, _ = await own.files.open(node)
             assert bytes(await reader.read(0, 3)) == b"two"
             reader.close()
-            assert own.attributes(node)["user.modelfs.source"]() == "memory://b"
+            assert own.files.attributes(node)["user.modelfs.source"]() == "memory://b"
 
     run(test)
 

@@ -214,7 +214,7 @@ class Operations:
         content: Reader | bytes
         match node:
             case File():
-                content, keep = await self._catalog.open(node)
+                content, keep = await self._catalog.files.open(node)
             case Text():
                 content, keep = node.content, True
             case _:
@@ -346,7 +346,7 @@ class Operations:
 
     def _xattrs(self, ino: int) -> dict[str, Callable[[], str]]:
         node: Any = self._node(ino)
-        return self._catalog.attributes(node) if isinstance(node, File) else {}
+        return self._catalog.files.attributes(node) if isinstance(node, File) else {}
 
     @answering
     def getxattr(self, ino: int, name: str) -> bytes:
