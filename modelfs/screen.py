@@ -14,7 +14,7 @@ import trio
 from modelfs.cache import Cache
 from modelfs.errors import AccessDenied, ModelfsError
 from modelfs.fetch.engine import Fetcher
-from modelfs.fetch.reader import Reader
+from modelfs.fetch.reader import ReaderFile
 from modelfs.fetch.source import Source
 from modelfs.pickles import Imports, is_pickle, scan
 from modelfs.types import Entry, PicklePolicy
@@ -106,7 +106,7 @@ class Screen:
         reader = await self._fetcher.open(source, entry)
 
         def look() -> Imports:
-            return scan(io.BufferedReader(_Content(reader, entry.size), PIECE))
+            return scan(io.BufferedReader(ReaderFile(reader, entry.size), PIECE))
 
         try:
             imports = await trio.to_thread.run_sync(look, limiter=self._thread)
@@ -115,29 +115,3 @@ class Screen:
         row = {"rules": RULES, "globals": list(imports.globals), "fault": imports.fault}
         await trio.to_thread.run_sync(self._cache.set_meta, f"pickle {source.key(entry)}", row)
         return imports
-
-
-class _Content(io.RawIOBase):
-    """The bytes of a reader as a file, for a thread of trio."""
-
-    def __init__(self, reader: Reader, size: int) -> None:
-        self._reader = reader
-        self._size = size
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # what BufferedReader hands over
-        data = trio.from_thread.run(self._reader.read, self._position, len(buffer))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)

@@ -35,7 +35,7 @@ from modelfs.errors import BadArchive, Corrupt, ModelfsError, Stale
 from modelfs.fetch.engine import Fetcher
 from modelfs.fetch.guard import Sink
 from modelfs.fetch.passing import Passing
-from modelfs.fetch.reader import Reader
+from modelfs.fetch.reader import Reader, ReaderFile
 from modelfs.fetch.shelf import Shelf
 from modelfs.fetch.source import Source
 from modelfs.fetch.sweep import Enter, Request, Requests, Sweep
@@ -406,46 +406,21 @@ class Archive:
             reader.close()
 
 
-class _Packed(io.RawIOBase):
-    """The bytes of an archive, for a thread; what a read raises is what `Reader.read` raises."""
+class _Packed(ReaderFile):
+    """The bytes of an archive; those that are read in order pass through `hasher`."""
 
     def __init__(self, reader: Reader, size: int) -> None:
-        self._reader = reader
-        self._size = size
-        self._position = 0
+        super().__init__(reader, size)
         self.hasher: Hasher | None = None
         self._hashed = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        parts = []
-        left = self._size - self._position if size < 0 else size
-        while left > 0 and (data := trio.from_thread.run(self._reader.read, self._position, min(left, COPY))):
-            parts.append(data)
-            if self.hasher and self._position == self._hashed:
-                self.hasher.update(data)
-                self._hashed += len(data)
-            self._position += len(data)
-            left -= len(data)
-        return b"".join(parts)
-
     def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        start = self.tell()
+        count = super().readinto(buffer)
+        if self.hasher and start == self._hashed:
+            self.hasher.update(memoryview(buffer)[:count])
+            self._hashed += count
+        return count
 
 
 def _hash(*parts: str) -> str:
