@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -165,7 +166,7 @@ class Listener(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler, ABC):
     """HTTP/1.1 with connections that are kept alive; a subclass answers each request in `serve`."""
 
     server: Listener
@@ -192,9 +193,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()  # the client waits for it
         return going_on
 
+    @abstractmethod
     def serve(self) -> None:
         """Read the body with `body`, answer the request."""
-        raise NotImplementedError
 
     def _serve(self) -> None:
         self.serve()

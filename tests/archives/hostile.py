@@ -153,27 +153,16 @@ def _tars() -> Iterator[Hostile]:
     }.items():
         yield Hostile(f"type {kind!r}", "tar", tar(header("x", kind)), what)
         yield Hostile(f"type {kind!r} in a directory", "tar", tar(header("m/x", kind)), what)
-    yield Hostile(
-        "hard link to a directory",
-        "tar",
-        tar(header("d/", tarfile.DIRTYPE), header("x", tarfile.LNKTYPE, linkname="d")),
-        "not a file before it",
-    )
-    yield Hostile(
-        "hard link to itself", "tar", tar(header("x", tarfile.LNKTYPE, linkname="x")), "not a file before it"
-    )
-    yield Hostile(
-        "hard link to what comes later",
-        "tar",
-        tar(header("x", tarfile.LNKTYPE, linkname="y"), header("y")),
-        "not a file before it",
-    )
-    yield Hostile(
-        "hard link to a link",
-        "tar",
-        tar(header("s", tarfile.SYMTYPE, linkname="config.json"), header("x", tarfile.LNKTYPE, linkname="s")),
-        "not a file before it",
-    )
+    for what, headers in {
+        "a directory": [header("d/", tarfile.DIRTYPE), header("x", tarfile.LNKTYPE, linkname="d")],
+        "itself": [header("x", tarfile.LNKTYPE, linkname="x")],
+        "what comes later": [header("x", tarfile.LNKTYPE, linkname="y"), header("y")],
+        "a link": [
+            header("s", tarfile.SYMTYPE, linkname="config.json"),
+            header("x", tarfile.LNKTYPE, linkname="s"),
+        ],
+    }.items():
+        yield Hostile(f"hard link to {what}", "tar", tar(*headers), "not a file before it")
     for second, what in {"config.json": "same", "./config.json": "with a dot"}.items():
         yield Hostile(f"name twice, {what}", "tar", tar(header(second, size=1) + padded(b"x")), "twice")
     yield Hostile(

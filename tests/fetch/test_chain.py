@@ -326,10 +326,10 @@ class Says:
         return self.answer
 
     async def entry(self, path: str) -> Entry:
-        raise NotImplementedError
+        raise AssertionError("only snapshots are asked for")
 
     async def locate(self, entry: Entry) -> Location:
-        raise NotImplementedError
+        raise AssertionError("only snapshots are asked for")
 
 
 SNAPSHOT = Snapshot.of("says://", "1", [])

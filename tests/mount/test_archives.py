@@ -20,6 +20,7 @@ import pytest
 import zstandard
 
 from modelfs.stores.file import url_of
+from tests.archives.packing import tarred, zipped
 from tests.mount.harness import daemon_pids, eventually, mounted
 
 CONTENT: Mapping[str, bytes] = {
@@ -29,26 +30,6 @@ CONTENT: Mapping[str, bytes] = {
     "bert/vocab.txt": b"".join(b"token%d\n" % n for n in range(20_000)),
     "README.md": b"# BERT\n",
 }
-
-
-def tarred(members: Mapping[str, bytes], mode: str = "w") -> bytes:
-    """Return a tar archive as a user makes it."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
-        for path, content in members.items():
-            info = tarfile.TarInfo(path)
-            info.size, info.mtime = len(content), 1_700_000_000
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def zipped(members: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """Return a zip archive as a user makes it."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for path, content in members.items():
-            archive.writestr(zipfile.ZipInfo(path, (2023, 11, 14, 22, 13, 20)), content, method)
-    return buffer.getvalue()
 
 
 def cut(data: bytes, size: int) -> list[bytes]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import random
-import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from hashlib import sha256
@@ -16,6 +14,7 @@ import yaml
 from modelfs.stores import SCHEMES, scheme_of
 from modelfs.testing.hub import HubServer
 from modelfs.testing.s3 import S3Server
+from tests.archives.packing import tarred
 from tests.kaggle import Kaggle
 from tests.mount.harness import Mounted, mounted
 from tests.origin import Origin
@@ -68,13 +67,7 @@ def s3(site: Site, files: Mapping[str, bytes]) -> None:
 
 def github(site: Site, files: Mapping[str, bytes]) -> None:
     server = site.stack.enter_context(Releases())
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for path, data in files.items():
-            member = tarfile.TarInfo(path)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    assets = {"twitter-roberta-v1.0.0.tar.gz": packed.getvalue()}
+    assets = {"twitter-roberta-v1.0.0.tar.gz": tarred(files, "w:gz")}
     server.publish("mikeepley2/crypto-data-collection", "v1.0.0", assets)
     site.env["GITHUB_API_URL"] = server.url
 

@@ -19,6 +19,7 @@ import zstandard
 from safetensors.numpy import save
 
 from modelfs.testing.hub import HubServer
+from tests.archives.packing import tarred
 from tests.mount.harness import mounted
 from tests.stores.registry import (
     PASSWORD,
@@ -26,7 +27,6 @@ from tests.stores.registry import (
     Repository,
     docker_config,
     docker_registry,
-    packed,
     with_password,
 )
 from tests.stores.site import scripted
@@ -92,7 +92,7 @@ def estargz(tar: bytes) -> bytes:
             told = f"sha256:{sha256(tar[start:stop]).hexdigest()}"
             entries.append({**row, **place, "size": file.size, "chunkDigest": told})
         blob += gzip.compress(tar[start:stop], 1)
-    toc = packed({"stargz.index.json": json.dumps({"version": 1, "entries": entries}).encode()})
+    toc = tarred({"stargz.index.json": json.dumps({"version": 1, "entries": entries}).encode()})
     header = b"\x1f\x8b\x08\x04" + bytes(5) + b"\xff" + b"\x1a\x00SG\x16\x00%016xSTARGZ" % len(blob)
     return blob + gzip.compress(toc) + header + b"\x01\x00\x00\xff\xff" + bytes(8)
 
@@ -121,7 +121,7 @@ def test_an_image_is_shown_as_its_file_system(place: Path, transport: str, kind:
         {"models/config.json": b"new", "models/sub/vocab.txt": b"words"},
     ]
     layers = [
-        pushed.blob(pack(packed(files)), media_type)
+        pushed.blob(pack(tarred(files)), media_type)
         for files, (media_type, pack) in zip(contents, LAYERS[kind], strict=True)
     ]
     pushed.manifest("v1", layers)
@@ -149,7 +149,7 @@ def test_an_image_is_shown_as_its_file_system(place: Path, transport: str, kind:
 
 def test_a_packed_layer_is_verified_before_a_name_of_it_is_shown(place: Path) -> None:
     pushed = Repository("team/image")
-    true = gzip.compress(packed({"models/config.json": b"{}"}), mtime=1)
+    true = gzip.compress(tarred({"models/config.json": b"{}"}), mtime=1)
     pushed.manifest("v1", [pushed.blob(true, "application/vnd.oci.image.layer.v1.tar+gzip")])
     pushed.blobs[f"sha256:{sha256(true).hexdigest()}"] = true[:4] + b"\2" + true[5:]  # of its time
     with scripted(pushed.answer) as (url, _):

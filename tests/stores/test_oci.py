@@ -26,13 +26,13 @@ from modelfs.stores.docker import HUB, challenges, credentials
 from modelfs.stores.oci import OciStore
 from modelfs.testing.contract import read_span
 from modelfs.types import Digest, Entry, Snapshot, Span
+from tests.archives.packing import tarred
 from tests.stores.registry import (
     PASSWORD,
     USER,
     Repository,
     docker_config,
     docker_registry,
-    packed,
     sha256,
     with_password,
     with_tokens,
@@ -586,8 +586,8 @@ def test_an_image_that_skopeo_copied_shows_its_layers(tmp_path: Path) -> None:
         pytest.skip("skopeo is not installed")
     pushed = Repository("team/model")
     layers = [
-        pushed.blob(packed({"models/a": b"1"}), "application/vnd.oci.image.layer.v1.tar"),
-        pushed.blob(gzip.compress(packed({"models/b": b"2"})), "application/vnd.oci.image.layer.v1.tar+gzip"),
+        pushed.blob(tarred({"models/a": b"1"}), "application/vnd.oci.image.layer.v1.tar"),
+        pushed.blob(gzip.compress(tarred({"models/b": b"2"})), "application/vnd.oci.image.layer.v1.tar+gzip"),
     ]
     config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}}
     config_type = "application/vnd.oci.image.config.v1+json"
