@@ -38,7 +38,7 @@ demo: .venv/.ready  ## real models from S3 and a Hub, mounted on ./models and lo
 	@KEEP=$(KEEP) $(BIN)/python -m demo
 
 test: .venv/.ready  ## all tests, two files at a time; the mount tests need root and /dev/fuse
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.ready  ## ruff, mypy --strict, and the test of the layers
 	@$(BIN)/ruff check .

@@ -114,7 +114,7 @@ class Runs:
     offline_requests: int
 
 
-MOUNTS = [("file", "kernel"), ("s3", "kernel"), ("hf", "kernel"), ("hf", "pyfuse3")]
+MOUNTS = [("file", "kernel"), ("s3", "kernel"), ("hf", "pyfuse3")]
 """Every store and every transport; not every pair, for a store does not see the transport."""
 
 
