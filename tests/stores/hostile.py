@@ -300,7 +300,9 @@ def _others() -> Iterator[Hostile]:
         ("no key", "<Key>m/x</Key>", ""),
     ):
         row = s3.row("x", 1).replace(old, new)
-        yield Hostile(name, s3, s3.documents([s3.row("config.json", 2), row]), "not S3's|makes no sense|has no ETag")
+        yield Hostile(
+            name, s3, s3.documents([s3.row("config.json", 2), row]), "not S3's|makes no sense|has no ETag"
+        )
     endless = {name: body.replace(b"false<", b"true<") for name, body in s3.documents([]).items()}
     yield Hostile("a listing without end", s3, endless, "does not end")
     for name, old, new in (
