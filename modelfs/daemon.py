@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from modelfs import __version__, control, privileges
+from modelfs import __version__, control, privileges, service
 from modelfs.assembly import cache_of, catalog_of, fetcher_of
 from modelfs.cache import Cache
 from modelfs.config import Settings
@@ -252,7 +252,8 @@ class Daemon:
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
-                if self._held is not None and self._held.kept and self._held.mounted:
+                held = self._held
+                if held is not None and held.kept and held.mounted and service.listens():
                     log.info("%s: leaving the mount to the next one", signal.Signals(number).name)
                     self.leave()
                 else:

@@ -4,8 +4,9 @@ It keeps ``/dev/fuse`` and the ledger open, runs the daemon as its child and, wh
 one with the same two descriptors. Readers wait meanwhile; those the kernel serves by itself notice nothing.
 It imports little and does little, so that it neither dies nor needs an upgrade itself.
 
-Where a service manager keeps descriptors over a restart of its service (systemd: ``FileDescriptorStoreMax=``)
-the two are left with it. SIGTERM then ends the processes and leaves the mount, and the next holder goes on.
+Where a service manager keeps descriptors over a restart of its service (systemd: ``FileDescriptorStoreMax=``;
+in a container `modelfs.keeper`) the two are left with it. SIGTERM then ends the processes and leaves the
+mount, and the next holder goes on.
 
 Exit codes of the daemon: 0 after an unmount, `LEFT` when it left the mount to a successor; anything else is
 a death. A daemon that dies before it has mounted takes the holder with it: there is nothing to keep.
@@ -155,6 +156,8 @@ class Holder:
             self._daemon.terminate()
         if answers is not None:
             self._announce(answers, self._daemon.pid)
+        if self._kept and service.may_be_replaced():
+            self._keep_again(self._daemon.pid)
         return self._daemon.wait()
 
     def _announce(self, answers: int, pid: int) -> None:
@@ -163,10 +166,22 @@ class Holder:
             said = json.loads(pipe.readline() or "{}")
         if not said.get("ok"):
             return
+        self._keep()
+        self._tell("READY=1", f"STATUS={self._mountpoint} is served by process {pid}")
+
+    def _keep(self) -> None:
         if self._kept and self._is_mounted():
             service.keep(_DEVICE, self._device)
             service.keep(_LEDGER, self._ledger)
-        self._tell("READY=1", f"STATUS={self._mountpoint} is served by process {pid}")
+
+    def _keep_again(self, pid: int) -> None:
+        """Leave the two with whoever is the manager now, again and again until the daemon `pid` ends."""
+        daemon = os.pidfd_open(pid)  # it is our child: no other process has its id before we wait for it
+        try:
+            while not select.select([daemon], [], [], service.KEEP_SECONDS)[0]:
+                self._keep()
+        finally:
+            os.close(daemon)
 
     def _tell(self, *assignments: str) -> None:
         if self._managed:

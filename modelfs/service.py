@@ -1,7 +1,7 @@
 """The service manager: telling systemd how we are, and leaving descriptors with it over a restart.
 
-Its protocols are sd_notify(3) and sd_listen_fds(3); they need no library. Without a service manager nothing
-in here does anything.
+Its protocols are sd_notify(3) and sd_listen_fds(3); they need no library. In a container `modelfs.keeper`
+takes its place. Without a service manager nothing in here does anything.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
 
-_FIRST = 3
+FIRST = 3
 """Number of the first descriptor that the manager passes (SD_LISTEN_FDS_START)."""
+
+KEEP_SECONDS = 5.0
+"""How often a manager that may be replaced gets again what it shall keep."""
 
 _TOLD = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
@@ -35,15 +38,33 @@ def keeps_descriptors() -> bool:
     return is_there() and os.environ.get("FDSTORE", "0") != "0"
 
 
+def may_be_replaced() -> bool:
+    """Return whether the manager can end and another take its place, which then keeps nothing: our keeper."""
+    return "MODELFS_KEEPER" in os.environ
+
+
+def listens() -> bool:
+    """Return whether there is a manager now; also children of the process that it started may ask."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.connect(_address())
+    except OSError:
+        return False
+    return True
+
+
+def _address() -> str:
+    address = os.environ["NOTIFY_SOCKET"]
+    return f"\0{address[1:]}" if address.startswith("@") else address
+
+
 def tell(*assignments: str, descriptors: Sequence[int] = ()) -> None:
     """Send assignments such as ``READY=1``, and copies of descriptors; a failure is logged."""
     if not is_there():
         return
-    address = os.environ["NOTIFY_SOCKET"]
-    address = f"\0{address[1:]}" if address.startswith("@") else address
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-            manager.connect(address)
+            manager.connect(_address())
             socket.send_fds(manager, ["\n".join(assignments).encode()], descriptors)
     except OSError as error:
         log.warning("the service manager could not be told %s: %s", assignments[0], error)
@@ -59,7 +80,7 @@ def kept() -> dict[str, int]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    numbers = range(_FIRST, _FIRST + int(os.environ.get("LISTEN_FDS", "0")))
+    numbers = range(FIRST, FIRST + int(os.environ.get("LISTEN_FDS", "0")))
     return dict(zip(names, numbers, strict=False))
 
 

@@ -28,7 +28,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "maxUnavailable": "10%",
         "terminationGracePeriodSeconds": 60,
         "resources": {"limits": {"memory": "2Gi"}},
+        "holder": {"enabled": True, "resources": {"limits": {"memory": "100Mi"}}},
     },
+    "holder": {"holder": {"enabled": True}},
     "bare": {"networkPolicy": {"enabled": False}, "credentialsSecret": "", "priorityClassName": ""},
 }
 
@@ -58,17 +60,30 @@ def test_the_mount_is_a_child_of_what_pods_mount(objects: list[Object]) -> None:
     assert {"name": "MODELFS_MOUNTPOINT", "value": f"{path}/models"} in container["env"]
 
 
-def test_the_defaults_are_those_of_the_manifests() -> None:
-    def comparable(objects: list[Object]) -> Object:
-        pod: Object = only(objects, "DaemonSet")["spec"]["template"]["spec"]
+@pytest.mark.parametrize(
+    ("variant", "kustomization", "name"),
+    [
+        ("defaults", "base", "modelfs"),
+        ("holder", "overlays/holder", "modelfs"),
+        ("holder", "overlays/holder", "modelfs-keeper"),
+    ],
+)
+def test_what_is_rendered_is_what_the_manifests_have(variant: str, kustomization: str, name: str) -> None:
+    def comparable(objects: list[Object]) -> tuple[Object, Object, Object]:
+        spec = only(objects, "DaemonSet", name)["spec"]
+        pod = spec["template"]["spec"]
         pod["containers"][0].pop("imagePullPolicy", None)
+        for member in ("env", "volumeMounts"):
+            pod["containers"][0][member].sort(key=lambda each: str(each["name"]))
+        pod["volumes"].sort(key=lambda volume: str(volume["name"]))
         for volume in pod["volumes"]:
             volume.pop("configMap", None)  # kustomize adds a hash to its name
-        return pod
+        policy = only(objects, "NetworkPolicy", name)["spec"]
+        policy.pop("podSelector")
+        return pod, spec["updateStrategy"], policy
 
-    ours, theirs = helm.render(CHART, {}), kustomize.build(K8S / "base")
+    ours, theirs = helm.render(CHART, VARIANTS[variant]), kustomize.build(K8S / kustomization)
     assert comparable(ours) == comparable(theirs)
-    assert only(ours, "NetworkPolicy")["spec"]["egress"] == only(theirs, "NetworkPolicy")["spec"]["egress"]
 
 
 def test_values_arrive() -> None:
@@ -89,6 +104,9 @@ def test_values_arrive() -> None:
     assert spec["updateStrategy"]["rollingUpdate"]["maxUnavailable"] == "10%"
     assert pod["terminationGracePeriodSeconds"] == 60
     assert container["resources"]["limits"] == {"memory": "2Gi"}
+    (keeper,) = only(objects, "DaemonSet", "modelfs-keeper")["spec"]["template"]["spec"]["containers"]
+    assert keeper["image"] == container["image"]
+    assert keeper["resources"]["limits"] == {"memory": "100Mi"}
 
 
 def test_wrong_values_are_refused() -> None:
@@ -98,6 +116,7 @@ def test_wrong_values_are_refused() -> None:
         "maxUnavailable": 0,
         "tolerations": {"operator": "Exists"},
         "replicas": 3,
+        "holder": {"enable": True},
     }
     with pytest.raises(helm.RenderError) as refused:
         helm.render(CHART, wrong)

@@ -75,6 +75,8 @@ def test_the_daemonset_is_on_every_node_and_leaves_it_gently(objects: list[Objec
     assert container["securityContext"]["privileged"] is True
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["resources"]["limits"]["memory"]
+    # It drains, unless a keeper has what the next pod goes on with.
+    assert ("lifecycle" in container) != ("MODELFS_KEEPER" in {each["name"] for each in container["env"]})
     startup = container["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 600
     assert container["livenessProbe"] != container["readinessProbe"]
@@ -101,6 +103,22 @@ def test_only_who_takes_taints_away_may_ask_the_api(objects: list[Object]) -> No
     assert [c["name"] for c in holders] == (["untaint"] if rules else [])
     assert not any(c["securityContext"].get("privileged") for c in holders)
     assert rules in ([], [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "patch"]}])
+
+
+def test_the_keeper_stays_where_the_daemon_is(objects: list[Object]) -> None:
+    daemonsets = [o["spec"] for o in objects if o["kind"] == "DaemonSet"]
+    pods = [spec["template"]["spec"] for spec in daemonsets]
+    for member in ("tolerations", "nodeSelector", "priorityClassName"):
+        assert all(pod[member] == pods[0][member] for pod in pods)
+    selectors = [spec["selector"]["matchLabels"] for spec in daemonsets]
+    assert all(a == b or not a.items() <= b.items() for a in selectors for b in selectors)
+    for spec in daemonsets[1:]:
+        assert spec["updateStrategy"] == {"type": "OnDelete"}
+
+
+def test_one_image_is_named(objects: list[Object]) -> None:
+    pods = [o["spec"]["template"]["spec"] for o in objects if o["kind"] == "DaemonSet"]
+    assert len({container["image"] for pod in pods for container in pod["containers"]}) == 1
 
 
 def test_secrets_are_only_referred_to(objects: list[Object]) -> None:

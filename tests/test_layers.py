@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"environment", "filesystem"},
     {"daemon", "holder"},
-    {"local"},
+    {"local", "keeper"},
     {"control", "service"},
     {"assembly"},
     {"config"},

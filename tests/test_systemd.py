@@ -33,12 +33,15 @@ UNSHARE = [
 
 BOOT = """
 for mounted in $(cut -d' ' -f5 /proc/self/mountinfo); do
-  case "$mounted" in "$SHARED"*) ;; *) mount --make-private "$mounted" || true ;; esac
+  case "$mounted" in "$SHARED"*) ;; *) mount --make-slave "$mounted" || true ;; esac
 done
 mount -t tmpfs tmpfs /run
 exec {systemd} --system --log-target=console --show-status=no
 """
-"""Keeps what systemd mounts to its namespace, but for what is below $SHARED, as a host does for its pods."""
+"""Keeps what systemd mounts to its namespace, but for what is below $SHARED, as a host does for its pods.
+
+Slaves, and not private: what other tests unmount meanwhile is unmounted here too, and their daemons can end.
+"""
 
 UNIT = """
 [Unit]
@@ -139,7 +142,7 @@ def test_systemctl_restart_under_load_fails_no_read(systemd: Systemd, place: Pat
     assert device is not None
     kept = "NFileDescriptorStore"
     assert systemd.ctl("show", "modelfs", "-p", kept) == f"{kept}=2"
-    with Readers(mount, origin, 4) as results:
+    with Readers(mount.path / "m", origin, 4) as results:
         for restarts in (1, 2):
             systemd.ctl("restart", "modelfs")
             assert mountpoint.mount_at(path) == device

@@ -159,12 +159,22 @@ def interpreter(user: str | None) -> tuple[str, Mapping[str, str]]:
 
 
 class Reader:
-    """Python code in a process of its own that stops at each ``step()`` until it is told to go on."""
+    """Python code in a process of its own that stops at each ``step()`` until it is told to go on.
 
-    def __init__(self, code: str, *args: object) -> None:
+    Args:
+        code: what it does; has ``mmap``, ``os`` and ``sys``.
+        args: become ``sys.argv[1:]``.
+        within: words before the command, which lead into a namespace.
+        python: the interpreter.
+
+    """
+
+    def __init__(
+        self, code: str, *args: object, within: Sequence[str] = (), python: str = sys.executable
+    ) -> None:
         prelude = "import mmap,os,sys\ndef step(v=''):\n    print(v,flush=True)\n    sys.stdin.readline()\n"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", prelude + code, *map(str, args)],
+            [*within, python, "-c", prelude + code, *map(str, args)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import random
 import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,7 @@ def test_models_found_on_demand_stay(place: Path) -> None:
 
 
 def test_an_upgrade_under_load_fails_no_read(mount: Mounted, origin: Origin) -> None:
-    with Readers(mount, origin, 4) as results:
+    with Readers(mount.path / "m", origin, 4) as results:
         for number in range(1, 3):
             old = mount.status()["pid"]
             said = mount.cli("upgrade", str(mount.path)).stdout
@@ -213,7 +214,7 @@ def test_an_upgrade_under_load_fails_no_read(mount: Mounted, origin: Origin) -> 
 
 def test_kills_under_load_fail_no_read(mount: Mounted, origin: Origin) -> None:
     chance = random.Random(4)
-    with Readers(mount, origin, 6) as results:
+    with Readers(mount.path / "m", origin, 6) as results:
         for _ in range(4):
             time.sleep(chance.uniform(2.5, 4))  # a moment nobody chose; quicker deaths are a crash loop
             kill(mount, wait=False)
@@ -244,11 +245,11 @@ class Readers:
         "print(rounds,flush=True)\n"
     )
 
-    def __init__(self, mount: Mounted, origin: Origin, count: int) -> None:
-        import json
-
+    def __init__(
+        self, model: Path, origin: Origin, count: int, *, start: Callable[..., Reader] = Reader
+    ) -> None:
         expected = json.dumps({name: sha256(data) for name, data in origin.files.items()})
-        self.all = [Reader(self.CODE, mount.path / "m", expected) for _ in range(count)]
+        self.all = [start(self.CODE, model, expected) for _ in range(count)]
         self.results: list[int] = []
 
     def __enter__(self) -> list[int]:

@@ -123,7 +123,7 @@ def test_a_restart_of_the_service_keeps_the_mount_and_fails_no_read(place: Path,
         service = manager.start()
         assert manager.kept.keys() == NAMES
         device = mountpoint.mount_at(mount.path)
-        with Readers(mount, origin, 4) as results:
+        with Readers(mount.path / "m", origin, 4) as results:
             service.terminate()
             assert service.wait(30) == 0
             assert "STOPPING=1" in manager.said
