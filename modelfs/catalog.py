@@ -133,6 +133,7 @@ class Catalog:
         tree.put((PLACE,), self._hub)
         tree.put((ollama.PLACE,), Folder(inode(ollama.PLACE, "", "path"), listed=False))
         self._breakers: WeakValueDictionary[str, Breaker] = WeakValueDictionary()
+        metrics.model_states.read = self._states
 
     # -- models ----------------------------------------------------------------------------------------
 
@@ -419,6 +420,13 @@ class Catalog:
         """Answer for everything that an earlier daemon may have told the kernel."""
         for root in self.tree.branches():
             self.tree.expect(root, await trio.to_thread.run_sync(numbers, root))
+
+    def _states(self) -> Iterable[tuple[str, str]]:
+        """Return what the metrics say of the configured models; readers name as many others as they like."""
+        for model in list(self.models.values()):
+            if not model.on_demand:
+                behind = model.state == "ready" and (model.why or model.offline)
+                yield model.name, "unconfirmed" if behind else model.state
 
     def _publish(self, changes: list[Change]) -> None:
         rows = [

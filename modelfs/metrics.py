@@ -10,15 +10,25 @@ import math
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from modelfs import __version__
+from modelfs import __version__, errors
+from modelfs.errors import ModelfsError
+
+KINDS = tuple(
+    name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, ModelfsError)
+)
+"""The classes of errors: values of the label ``kind``."""
+
+INTERNAL = "internal"
+"""The value for any other exception, which is a bug."""
 
 LAGS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, math.inf)
 """Buckets of `LoopLag`, in seconds; a lag above 20 ms is one too much."""
@@ -65,6 +75,59 @@ class LoopLag(trio.abc.Instrument, Collector):
         return [family]
 
 
+class Waits(Collector):
+    """Reads that wait for their bytes: how many, and since when the one that waits longest.
+
+    Reads begin and end in one thread; any may collect.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[object, float] = {}
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Count one more for as long as this takes."""
+        who = object()
+        self._since[who] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._since[who]
+
+    def collect(self) -> Iterable[Metric]:
+        """Return both as gauges."""
+        now, since = time.monotonic(), list(self._since.values())
+        return [
+            GaugeMetricFamily("modelfs_waiting_reads", "Reads that wait for their bytes", len(since)),
+            GaugeMetricFamily(
+                "modelfs_longest_wait_seconds",
+                "Seconds for which one of these reads has waited, the most of all; 0 if none waits",
+                now - min(since, default=now),
+            ),
+        ]
+
+
+class States(Collector):
+    """The state of each model, as a gauge of 1; models come and go.
+
+    Attributes:
+        read: returns name and state of each; called in any thread, whenever this is collected.
+
+    """
+
+    def __init__(self) -> None:
+        self.read: Callable[[], Iterable[tuple[str, str]]] = tuple
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the gauge."""
+        family = GaugeMetricFamily(
+            "modelfs_model_state", "1 for what each configured model is", labels=["model", "state"]
+        )
+        for model, state in self.read():
+            family.add_metric((model, state), 1)
+        return [family]
+
+
 class Metrics:
     """The instruments of one daemon; each attribute is one metric family.
 
@@ -86,6 +149,8 @@ class Metrics:
         self.mount = gauge("mount_info", "1, for how the kernel is served", "transport", "passthrough")
         self.handovers = counter("handovers", "Daemons that took the mount over from one before them")
         self.models = gauge("models", "Models, by what can be had of them", "state")
+        self.model_states = States()
+        self.registry.register(self.model_states)
         self.reads = counter("reads", "Reads, by whether the bytes were in the cache", "scheme", "result")
         self.read_bytes = counter("read_bytes", "Bytes given to readers")
         self.hit_bytes = counter("hit_bytes", "Bytes given to readers that were in the cache when asked for")
@@ -95,14 +160,19 @@ class Metrics:
         self.fallbacks = counter("fallbacks", "Times a flight went on at another store", "from", "to")
         self.store_errors = counter("store_errors", "Failures of stores", "scheme", "kind")
         self.read_errors = counter("read_errors", "Errors given to readers", "kind")
+        for kind in (*KINDS, INTERNAL):  # from 0 on: a counter that begins with 1 never increased
+            self.read_errors.labels(kind)
         self.resolutions = counter("resolutions", "Snapshots resolved at stores", "scheme")
         self.cache_bytes = gauge("cache_bytes", "Bytes of disk that cached objects use")
         self.cache_limit = gauge("cache_limit_bytes", "Bytes of disk that they may use; +Inf without a limit")
         self.cache_free = gauge("cache_free_bytes", "Bytes that are free on the disk of the cache")
+        self.cache_min_free = gauge("cache_min_free_bytes", "Bytes that the cache leaves free there")
         self.cache_objects = gauge("cache_objects", "Objects in the cache, complete or not")
         self.evicted_bytes = counter("evicted_bytes", "Bytes removed from the cache to make room")
         self.evicted_objects = counter("evicted_objects", "Objects removed whole from the cache to make room")
         self.verified = counter("verified_objects", "Objects whose published digest was checked", "result")
+        for result in ("match", "mismatch"):
+            self.verified.labels(result)
         self.verified_bytes = counter("verified_bytes", "Cached bytes read again to find bad ones")
         self.bad_blocks = counter("bad_blocks", "Cached blocks that did not match their checksum")
         self.cache_errors = counter("cache_errors", "Failed operations on the cache disk")
@@ -126,6 +196,10 @@ class Metrics:
         )
         self.loop_lag = LoopLag()
         self.registry.register(self.loop_lag)
+        self.waits = Waits()
+        self.registry.register(self.waits)
+        self.read_deadline = gauge("read_deadline_seconds", "Seconds after which a read without bytes fails")
+        self.ready = gauge("ready", "Whether the mount answered when this was asked for")
 
     def note_breaker(self, store: str, state: str) -> None:
         """Set the gauge of a breaker."""

@@ -99,6 +99,7 @@ class Cache:
                     self._begin_session()
                     self._can_punch = disk.punch(self._lock_fd, 1 << 20, 4096)
                     self.unsealable = verity.refusal(self.directory)
+                    metrics.cache_min_free.set(self._free()[1])
                 except BaseException:
                     os.close(self._dir)
                     raise

@@ -135,6 +135,7 @@ def application(daemon: Daemon, *, read_only: bool = False) -> Starlette:
         return PlainTextResponse(f"{why or 'ok'}\n", 503 if why else 200)
 
     async def metrics(request: Request) -> Response:
+        daemon.metrics.ready.set(await daemon.unready() is None)
         text = await trio.to_thread.run_sync(generate_latest, daemon.metrics.registry)  # it asks the disk
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 

@@ -106,6 +106,7 @@ class Fetcher:
         self.metrics = metrics
         self._connections = connections
         self.deadline = read_deadline
+        metrics.read_deadline.set(read_deadline)
         self._downloads: OrderedDict[str, Download] = OrderedDict()
         self._active = 0
         self._closing = False

@@ -184,7 +184,7 @@ class Reader:
     async def _patiently(self, span: Span, take: Callable[[Span], Awaitable[T | None]]) -> T:
         """Return what `take` gets of `span` once its bytes are there, waiting for the disk and the store."""
         download = self._download
-        with trio.move_on_after(self._fetcher.deadline):
+        with self._fetcher.metrics.waits.one(), trio.move_on_after(self._fetcher.deadline):
             while True:
                 era = download.era
                 if not download.serves(span):

@@ -21,7 +21,7 @@ from modelfs.cache import Loan, Place
 from modelfs.catalog import Catalog
 from modelfs.errors import ModelfsError
 from modelfs.fetch.reader import Buffer, Reader
-from modelfs.metrics import Metrics
+from modelfs.metrics import INTERNAL, Metrics
 from modelfs.tree import Branch, Directory, File, Link, Names, Node, Text, Tree
 from modelfs.types import MAX_SIZE
 
@@ -132,7 +132,8 @@ class Operations:
         """Return what the kernel gets for `error`; count and log what is more than an answer."""
         if isinstance(error, OSError):
             return OSError(error.errno or errno.EIO, str(error))
-        self.metrics.read_errors.labels(type(error).__name__).inc()
+        kind = type(error).__name__ if isinstance(error, ModelfsError) else INTERNAL
+        self.metrics.read_errors.labels(kind).inc()
         if isinstance(error, ModelfsError):
             log.warning("%s: %s", operation, error)
             return OSError(error.errno, str(error))
