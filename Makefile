@@ -4,7 +4,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl fio docker-registry skopeo systemd mmdebstrap
+PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl fio docker-registry skopeo systemd mmdebstrap prometheus
 # Azure Blob Storage for the tests; the development packages bring the node that runs it.
 AZURITE := azurite@3.35.0
 # kustomize and Helm as libraries in Go. The packages around them are for newer Pythons; the tests ask the libraries.

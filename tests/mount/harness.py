@@ -213,6 +213,18 @@ def open_directory() -> Iterator[Path]:
 
 
 @contextmanager
+def file_system(place: Path, *words: str) -> Iterator[Path]:
+    """Mount something of its own as the place of a cache; lazily unmounted in the end."""
+    path = place / "disk"
+    path.mkdir()
+    subprocess.run(["mount", *words, str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@contextmanager
 def raw_server(answer: Callable[[bytes], bytes]) -> Iterator[str]:
     """Serve what need not be HTTP: each connection gets the answer to what it sends first; yields the URL."""
     with socket.create_server(("127.0.0.1", 0)) as server:

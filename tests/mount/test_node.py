@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from modelfs.fuse import mountpoint
-from tests.mount.harness import Mounted, alone, eventually, left_behind, mounted
+from tests.mount.harness import Mounted, alone, eventually, file_system, left_behind, mounted
 from tests.origin import Origin
 
 MIB = 1 << 20
@@ -69,18 +69,6 @@ def read(mount: Mounted, *names: str, model: str = "m") -> dict[str, str]:
 
 def all_good(mount: Mounted) -> bool:
     return read(mount, *SUMS) == SUMS
-
-
-@contextlib.contextmanager
-def file_system(place: Path, *words: str) -> Iterator[Path]:
-    """Mount something of its own as the place of a cache; lazily unmounted in the end."""
-    path = place / "disk"
-    path.mkdir()
-    subprocess.run(["mount", *words, str(path)], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 # -- the cache disk
