@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from prometheus_client import generate_latest
 
-from modelfs.metrics import Metrics
+from modelfs import errors
+from modelfs.cli import app
+from modelfs.metrics import KINDS, Metrics
 from tests import prometheus
 from tests.test_docs import REPOSITORY, anchors
 
@@ -91,3 +94,21 @@ def test_the_panels_have_their_place_and_the_page_names_their_rows() -> None:
     for one, other in combinations((panel["gridPos"] for panel in every), 2):
         beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         assert beside or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+
+
+def test_the_commands_of_the_page_are_there_with_their_flags() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = re.sub(r"\s+", " ", PAGE.read_text())
+    used = [each.split() for each in re.findall(r"[`$] ?modelfs ([a-z][^`$]*)", text)]
+    assert {words[0] for words in used} >= {"status", "umount", "mount", "upgrade", "refresh", "verify", "ls"}
+    for words in used:
+        command = commands[words[0]]
+        known = {name for parameter in command.params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, words
+
+
+def test_the_page_says_what_to_do_about_every_error_of_a_store() -> None:
+    rows = re.findall(r"^\| (`[A-Z]\w+`.*?) \|", PAGE.read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    kinds = {name for name in KINDS if issubclass(getattr(errors, name), errors.StoreError)}
+    assert kinds - {"StoreError"} <= named
