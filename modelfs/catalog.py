@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -77,6 +77,9 @@ PARALLEL = 8
 FOUND = "found on demand"
 """Name under which the models that were found on demand are kept on disk: path → URL."""
 
+PINNED = "pinned by command"
+"""Name under which those are kept that were pinned by command: name → URL if found on demand, else empty."""
+
 
 @dataclass(frozen=True)
 class _Entries:
@@ -128,6 +131,7 @@ class Catalog:
         self._namespaces: list[str] = []
         self._archives = Archives(fetcher, cache, limits or Limits(), self._unpacked)
         self._lookups = Lookups()
+        self._pinned: dict[str, str] = {}
         self._slots = trio.CapacityLimiter(PARALLEL)
         self._hub = Folder(inode(PLACE, "", "path"), listed=False)
         tree.put((PLACE,), self._hub)
@@ -172,7 +176,7 @@ class Catalog:
             return await self._faces.shown(name, source, face, listed)
 
         source = chained([Source(store, self._metrics, self._breaker(store), show) for store in stores])
-        model = Model(name, source, optional, pinned, face=face)
+        model = Model(name, source, optional, pinned, name in self._pinned, face=face)
         model.pickles = pickles or self._pickles
         own = name if name.partition("/")[0] not in NAMESPACES else ""
         if own or "@" not in name:  # who names no revision shall not get one that somebody else looked up
@@ -213,7 +217,9 @@ class Catalog:
         """
         nursery.start_soon(self.files.run)
         patience = 0.0 if at_once else CONFIRM_SECONDS
-        await (self._find_again() if at_once else self._remember_found())
+        self._keep(await self._noted(PINNED))
+        await self._find_again({**self._pinned, **(await self._noted(FOUND) if at_once else {})})
+        await self._remember_found()
         async with trio.open_nursery() as starting:
             for model in list(self.models.values()):
                 seconds = PATIENCE if model.optional or keep_going else RESOLVE_SECONDS
@@ -245,11 +251,11 @@ class Catalog:
             NotFound: there is no model of this name.
 
         """
-        wanted = self._named(name)
+        wanted = self.named(name)
         await self._refresh_all(wanted)
         return wanted
 
-    def _named(self, name: str | None) -> list[Model]:
+    def named(self, name: str | None = None) -> list[Model]:
         """Return the model `name`, or all; NotFound if there is none of this name."""
         if name is not None and name not in self.models:
             raise NotFound(f"no model {name!r}; mounted are: {', '.join(self.models) or 'none'}")
@@ -346,7 +352,7 @@ class Catalog:
                 for path, reason in model.snapshot.rejected if model.snapshot else ():
                     log.warning("%s: %r is not shown: %s", model.name, path, reason)
                 self._show(model, await self._differing(model))
-                if model.pinned:
+                if model.stays:
                     await self._pin()
 
     async def _present(self, model: Model, snapshot: Snapshot) -> Snapshot:
@@ -362,13 +368,53 @@ class Catalog:
                 if model.listed is not None:
                     await self._present(model, model.listed)
                     self._show(model, await self._differing(model))
+                    if model.stays:
+                        await self._pin()
+
+    async def pin(self, name: str) -> Model:
+        """Keep what is cached of the model `name` from eviction, now and after every restart; return it.
+
+        Raises:
+            NotFound: there is no model of this name, nor is it found on demand.
+            StoreError: the store failed to say so.
+
+        """
+        model = await self.look_up(name)
+        await self._set_pinned({**self._pinned, name: model.source.url if model.on_demand else ""})
+        return model
+
+    async def unpin(self, name: str) -> None:
+        """Undo `pin`; does nothing if the model is not pinned.
+
+        Raises:
+            NotFound: there is no model of this name.
+            ConfigError: the configuration says that it is pinned.
+
+        """
+        if name not in self._pinned:
+            self.named(name)
+        if name in self.models and self.models[name].pinned:
+            raise ConfigError(
+                f"model {name} is pinned by the configuration: remove pin there and mount again"
+            )
+        await self._set_pinned({kept: url for kept, url in self._pinned.items() if kept != name})
+
+    def _keep(self, pinned: dict[str, str]) -> None:
+        self._pinned = pinned
+        for model in self.models.values():
+            model.kept = model.name in pinned
+
+    async def _set_pinned(self, pinned: dict[str, str]) -> None:
+        self._keep(pinned)
+        await trio.to_thread.run_sync(self._cache.set_meta, PINNED, pinned)
+        await self._pin()
 
     async def _pin(self) -> None:
         """Keep what is cached of the pinned models, at the snapshots that are shown now, from eviction."""
         shown = [
             (model.source, model.snapshot)
             for model in self.models.values()
-            if model.pinned and model.snapshot is not None
+            if model.stays and model.snapshot is not None
         ]
 
         def pin() -> None:
@@ -512,11 +558,15 @@ class Catalog:
         found = {path: model.source.url for path, model in self.models.items() if model.on_demand}
         await trio.to_thread.run_sync(self._cache.set_meta, FOUND, found)
 
-    async def _find_again(self) -> None:
-        """Add the models that were found on demand before this process began."""
-        found = await trio.to_thread.run_sync(self._cache.get_meta, FOUND)
-        for path, url in (found or {}).items():
-            if not permits(self._namespaces, path):
+    async def _noted(self, name: str) -> dict[str, str]:
+        """Return the mapping that is kept on disk under `name`."""
+        found = await trio.to_thread.run_sync(self._cache.get_meta, name)
+        return found if isinstance(found, dict) else {}
+
+    async def _find_again(self, found: Mapping[str, str]) -> None:
+        """Add models that were found on demand before this process began: path → URL."""
+        for path, url in found.items():
+            if path in self.models or not permits(self._namespaces, path):
                 continue
             directory = self.tree.root
             for parent in path.split("/")[:-1]:
@@ -526,6 +576,21 @@ class Catalog:
                 directory = child
             else:
                 self.add(path, url, self._options_for(url), optional=True).on_demand = True
+
+    async def look_up(self, name: str) -> Model:
+        """Return the model `name`, found on demand if need be.
+
+        Raises:
+            NotFound: there is none of this name.
+            StoreError: the store failed to say whether there is.
+
+        """
+        node: Node | None = self.tree.root
+        for part in name.split("/") if name not in self.models else ():
+            if not isinstance(node, Directory):
+                break
+            node = node.children.get(part) or await self.find(node, part)
+        return self.named(name)[0]
 
     # -- on demand -------------------------------------------------------------------------------------
 
@@ -629,7 +694,7 @@ class Catalog:
             NotFound: there is no model of this name.
 
         """
-        return self.files.subjects(self._named(name), also_old=name is None)
+        return self.files.subjects(self.named(name), also_old=name is None)
 
 
 def _holders(models: Iterable[Model]) -> list[Holder[Model]]:

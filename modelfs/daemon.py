@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from modelfs import __version__, control, privileges, service
 from modelfs.assembly import cache_of, catalog_of, fetcher_of
 from modelfs.cache import Cache
 from modelfs.config import Settings
+from modelfs.contents import Contents, Fetched, Wanted
 from modelfs.control.ready import Readiness
 from modelfs.errors import MountError, unwrapped
 from modelfs.fetch.client import RangeClient
@@ -158,6 +159,7 @@ class Daemon:
         self._untold: set[trio.Event] = set()
         """One for each notice that the kernel is being given of what is new."""
         self._catalog = catalog_of(settings, self._tree, cache, self._fetcher, metrics, self._invalidate)
+        self._contents = Contents(self._catalog, cache, self._fetcher)
         for state in STATES:
             metrics.models.labels(state).set_function(partial(self._count_models, state))
 
@@ -319,6 +321,47 @@ class Daemon:
             return (await verify(self._cache, subjects, self._fetcher.distrust, progress)).to_json()
 
         return work
+
+    def prefetching(self, model: str, globs: Sequence[str], *, wait: bool) -> Work:
+        """Return what fetches files of `model` into the cache; see `control.app.Daemon`."""
+
+        async def work(tell: Tell) -> dict[str, Any]:
+            async def progress(name: str, done: int, total: int) -> None:
+                await tell({"name": name, "done": done, "total": total})
+
+            wanted = await self._contents.wanted(model, globs)
+            if not wait:
+                self._nursery.start_soon(self._prefetch, model, wanted)
+                return Fetched(len(wanted), sum(each.entry.size for each in wanted)).to_json()
+            return (await self._contents.fetch(wanted, progress)).to_json()
+
+        return work
+
+    async def _prefetch(self, model: str, wanted: Sequence[Wanted]) -> None:
+        async def progress(name: str, done: int, total: int) -> None:
+            log.debug("%s: %d of %d bytes are there", name, done, total)
+
+        report = await self._contents.fetch(wanted, progress)
+        log.info("%s: prefetched %d bytes of %d files", model, report.fetched, report.files)
+        for failed in report.failed:
+            log.warning("%s: not prefetched: %s", failed["name"], failed["why"])
+
+    async def pin(self, model: str) -> dict[str, Any]:
+        """Keep what is cached of `model`; see `control.app.Daemon`."""
+        return {"models": [await self._catalog.files.report(await self._catalog.pin(model))]}
+
+    async def unpin(self, model: str) -> dict[str, Any]:
+        """Undo `pin`; see `control.app.Daemon`."""
+        await self._catalog.unpin(model)
+        return {"model": model, "pinned": False}
+
+    async def evict(self, model: str, globs: Sequence[str]) -> dict[str, Any]:
+        """Evict what is cached of `model`; see `control.app.Daemon`."""
+        return await self._contents.evict(model, globs)
+
+    async def collect(self, older_than: float, *, dry_run: bool) -> dict[str, Any]:
+        """Evict what was not used for `older_than` seconds; see `control.app.Daemon`."""
+        return await self._contents.collect(older_than, dry_run=dry_run)
 
     async def status(self) -> dict[str, Any]:
         """Return the document of docs/status.md."""

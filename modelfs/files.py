@@ -106,6 +106,7 @@ class Files:
             "rejected": len(snapshot.rejected) if snapshot else 0,
             "hidden": snapshot.hidden if snapshot else 0,
             "repositories": list(model.repositories),
+            "pinned": model.stays,
             "pickles": model.pickles,
             "suspicious": {},
             "archives": states(model.archives.values()),

@@ -168,8 +168,8 @@ class Metrics:
         self.cache_free = gauge("cache_free_bytes", "Bytes that are free on the disk of the cache")
         self.cache_min_free = gauge("cache_min_free_bytes", "Bytes that the cache leaves free there")
         self.cache_objects = gauge("cache_objects", "Objects in the cache, complete or not")
-        self.evicted_bytes = counter("evicted_bytes", "Bytes removed from the cache to make room")
-        self.evicted_objects = counter("evicted_objects", "Objects removed whole from the cache to make room")
+        self.evicted_bytes = counter("evicted_bytes", "Bytes evicted from the cache")
+        self.evicted_objects = counter("evicted_objects", "Objects evicted whole from the cache")
         self.verified = counter("verified_objects", "Objects whose published digest was checked", "result")
         for result in ("match", "mismatch"):
             self.verified.labels(result)

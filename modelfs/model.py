@@ -25,7 +25,8 @@ class Model:
         name: its path in the tree, ``NAME``, ``ORG/NAME`` or a path in an on-demand namespace.
         source: the store whose snapshot is shown, or the first of its chain.
         optional: the mount goes on without it.
-        pinned: what is cached of it stays.
+        pinned: what is cached of it stays, the configuration says.
+        kept: what is cached of it stays, a command said.
         listed: what its face leaves of what its store has; None until it is resolved for the first time.
         snapshot: what is shown of that now, with members in the place of their archives.
         state: see :data:`State`.
@@ -46,6 +47,7 @@ class Model:
     source: Source
     optional: bool = False
     pinned: bool = False
+    kept: bool = False
     snapshot: Snapshot | None = None
     state: State = "resolving"
     why: str | None = None
@@ -60,6 +62,11 @@ class Model:
     listed: Snapshot | None = None
     archives: Mapping[str, Archive | Image] = field(default_factory=dict)
     lock: trio.Lock = field(default_factory=trio.Lock)
+
+    @property
+    def stays(self) -> bool:
+        """Whether what is cached of it is not evicted."""
+        return self.pinned or self.kept
 
     def source_of(self, entry: Entry) -> Source:
         """Return the store that lists `entry`, which may be of a snapshot that is no longer shown."""

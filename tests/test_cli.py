@@ -73,7 +73,10 @@ def test_the_version_is_the_packages(run: Any) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "mount", "umount", "status", "refresh", "verify", "lock", "ls", "bench", "config", "config check"],
+    [
+        *("", "mount", "umount", "status", "refresh", "lock", "ls", "bench", "config", "config check"),
+        *("verify", "prefetch", "pin", "unpin", "evict", "gc"),
+    ],
 )
 def test_every_command_explains_itself(command: str, run: Any) -> None:
     for flag in ("-h", "--help"):
@@ -83,10 +86,17 @@ def test_every_command_explains_itself(command: str, run: Any) -> None:
         assert "Commands:" in out or command in ("config check",) or "Options:" in out
 
 
+NAMED = (
+    *("mount", "ls", "status", "umount", "lock", "verify"),
+    *("prefetch", "pin", "unpin", "evict", "gc"),
+)
+"""Commands whose help has examples, or is named in those of others."""
+
+
 def test_examples_in_the_help_are_commands_that_parse(run: Any) -> None:
-    text = "".join(run(*words, "-h")[1] for words in ((), ("mount",), ("ls",), ("verify",), ("lock",)))
-    examples = re.findall(r"^ +modelfs ((?:mount|ls|status|umount|verify|lock)\b.*)$", text, re.MULTILINE)
-    assert len(examples) >= 15
+    text = "".join(run(*words, "-h")[1] for words in ((), *((name,) for name in NAMED)))
+    examples = re.findall(rf"^ +modelfs ((?:{'|'.join(NAMED)})\b.*)$", text, re.MULTILINE)
+    assert len(examples) >= 25
     for example in examples:
         words = re.split(r"\s{3,}", example)[0].split()
         # A wrong option is refused before -h is acted on only if it stands in front of it.
@@ -442,6 +452,7 @@ finbert  ready        4556d1301521      9  953.7 MiB  238.4 MiB 25%  hf://Prosus
 gone     unavailable  -                 -          -              -  s3://nobody/gone
 finbert: s3://mirror/ is failing (s3://mirror/: no answer); hf://ProsusAI/finbert@main serves
 finbert: pytorch_model.bin is a suspicious pickle: it imports posix.system
+finbert: pinned, what is cached of it stays
 finbert: 12 files of the store hidden by its filters
 finbert: 2 paths of the store cannot be shown: modelfs ls --long says which
 gone: s3://nobody/gone: no such bucket: check the name"""

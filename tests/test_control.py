@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,6 +89,25 @@ class FakeDaemon:
 
         return work
 
+    def prefetching(self, model: str, globs: Sequence[str], *, wait: bool) -> Work:
+        async def work(tell: Tell) -> dict[str, Any]:
+            await tell({"name": f"{model}/file", "done": 1, "total": 2})
+            return {"asked": [model, list(globs), wait]}
+
+        return work
+
+    async def pin(self, model: str) -> dict[str, Any]:
+        return {"asked": ["pin", model]}
+
+    async def unpin(self, model: str) -> dict[str, Any]:
+        return {"asked": ["unpin", model]}
+
+    async def evict(self, model: str, globs: Sequence[str]) -> dict[str, Any]:
+        return {"asked": ["evict", model, list(globs)]}
+
+    async def collect(self, older_than: float, *, dry_run: bool) -> dict[str, Any]:
+        return {"asked": ["gc", older_than, dry_run]}
+
     def stop(self) -> None:
         self.stopped.set()
 
@@ -156,6 +175,50 @@ def test_a_refresh_that_is_not_understood_is_refused(body: bytes) -> None:
     assert response.status_code == 400
     assert response.json()["kind"] == "ConfigError"
     assert daemon.asked == []
+
+
+def test_what_is_cached_can_be_steered() -> None:
+    lines: list[dict[str, Any]] = []
+
+    def talk(path: Path) -> list[dict[str, Any]]:
+        client = control.ControlClient(path)
+        return [
+            client.prefetch("m", ["*.json"], lines.append, wait=True),
+            client.pin("m"),
+            client.unpin("m"),
+            client.evict("m", ["onnx/"]),
+            client.collect(60.0, dry_run=True),
+        ]
+
+    assert [answer["asked"] for answer in serving(talk)] == [
+        ["m", ["*.json"], True],
+        ["pin", "m"],
+        ["unpin", "m"],
+        ["evict", "m", ["onnx/"]],
+        ["gc", 60.0, True],
+    ]
+    assert lines == [{"name": "m/file", "done": 1, "total": 2}]
+
+
+@pytest.mark.parametrize(
+    ("call", "body"),
+    [
+        ("pin", {}),
+        ("evict", {"model": "m", "paths": "x"}),
+        ("evict", {"model": "m", "path": ["x"]}),
+        ("gc", {}),
+        ("gc", {"older_than": -1}),
+        ("gc", {"older_than": True}),
+        ("gc", {"older_than": float("inf")}),
+        ("gc", {"older_than": 1, "dry_run": 1}),
+        ("prefetch", {"model": "m", "wait": "yes"}),
+    ],
+)
+def test_what_is_not_understood_changes_nothing(call: str, body: dict[str, Any]) -> None:
+    text = json.dumps(body)  # httpx would refuse to write Infinity
+    response = serving(lambda path: http(path, "POST", f"/v1/{call}", content=text))
+    assert response.status_code == 400
+    assert response.json()["kind"] == "ConfigError"
 
 
 @pytest.mark.parametrize(
@@ -305,7 +368,18 @@ def test_tcp_serves_what_only_reads_and_nothing_else() -> None:
             assert client.get("/v1/status").json() == daemon.document
             document = client.get("/openapi.json").json()
             assert {method for item in document["paths"].values() for method in item} == {"get"}
-            actions = ("/v1/refresh", "/v1/verify", "/v1/shutdown", "/v1/handover", "/v1/status", "/metrics")
+            actions = (
+                "/v1/refresh",
+                "/v1/verify",
+                "/v1/evict",
+                "/v1/gc",
+                "/v1/pin",
+                "/v1/prefetch",
+                "/v1/shutdown",
+                "/v1/handover",
+                "/v1/status",
+                "/metrics",
+            )
             codes = {("POST", path): client.post(path).status_code for path in actions}
             reads = ("/healthz", "/readyz", "/metrics")
             return codes | {("GET", path): client.get(path).status_code for path in reads}

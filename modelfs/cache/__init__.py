@@ -59,8 +59,8 @@ asking for room. Loans (``CacheObject.lend``) keep the object open and its data 
 """
 
 from modelfs.cache.audit import Audit
-from modelfs.cache.directory import Cache, Usage
+from modelfs.cache.directory import Cache, Unused, Usage
 from modelfs.cache.disk import Data, Pipe
 from modelfs.cache.objects import CacheObject, Loan, Place, Verifier
 
-__all__ = ["Audit", "Cache", "CacheObject", "Data", "Loan", "Pipe", "Place", "Usage", "Verifier"]
+__all__ = ["Audit", "Cache", "CacheObject", "Data", "Loan", "Pipe", "Place", "Unused", "Usage", "Verifier"]

@@ -55,6 +55,15 @@ class Usage:
     unclean_start: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """An object that may go: its key, the bytes of disk it uses, its last use in seconds since the epoch."""
+
+    key: str
+    bytes: int
+    used: float
+
+
 class Cache:
     """The objects in one directory, owned by this process until :meth:`close`.
 
@@ -281,6 +290,34 @@ class Cache:
         with self._room:
             return self._make_room(wanted)
 
+    def evict(self, keys: Iterable[str]) -> dict[str, int]:
+        """Remove those of `keys` that are neither open nor pinned; return the bytes freed by each that went.
+
+        Raises:
+            CacheError: the cache is closed.
+
+        """
+        self._check_open()
+        freed = {key: self._evict(key) for key in keys if self.index.get(key) is not None}
+        self.metrics.evicted_bytes.inc(sum(freed.values()))
+        return {key: count for key, count in freed.items() if self.index.get(key) is None}
+
+    def unused(self, since: float) -> list[Unused]:
+        """Return what nobody has open or pinned, and nobody used after `since`, the longest unused first.
+
+        An object counts as used when it is opened or closed, and when it is read through the cache.
+        """
+        rows = (self.index.get(key) for key in self.index.oldest())
+        return [
+            Unused(row.key, row.allocated, row.stamp / 1e9)
+            for row in rows
+            if row is not None and row.stamp / 1e9 <= since and self.holder(row.key) is None
+        ]
+
+    def holder(self, key: str) -> str | None:
+        """Return what keeps `key` from eviction, ``open`` or ``pinned``; None if nothing does. Loop-safe."""
+        return "pinned" if key in self._pins else "open" if key in self._open else None
+
     def reserve(self, row: Row, length: int) -> None:
         """Count `length` bytes more for `row`, an open object's; evict for them if need be.
 
@@ -311,7 +348,7 @@ class Cache:
         """Give what may go, in the order of going, as functions that remove it and return the bytes freed."""
         for count in (64, None):  # mostly the first few are enough; copying 100,000 keys takes 10 ms
             for key in self.index.oldest(count):
-                if key not in self._open and key not in self._pins:
+                if not self.holder(key):
                     yield partial(self._evict, key)
         if not self._can_punch:
             return
@@ -326,7 +363,7 @@ class Cache:
 
     def _evict(self, key: str) -> int:
         with self._guard(key):
-            if key in self._open or key in self._pins:
+            if self.holder(key):
                 return 0
             try:
                 freed = self._remove(key, self._stem(key))

@@ -5,7 +5,6 @@ docs/cli.md lists commands and exit codes.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -18,7 +17,8 @@ import trio
 import typer
 
 from modelfs import __version__, config, control, holder
-from modelfs.cli import launch, show
+from modelfs.cli import contents, launch, show
+from modelfs.cli.contents import Json, client_of, print_json
 from modelfs.errors import CacheError, ConfigError, ModelfsError, MountError, NotFound, StoreError
 from modelfs.fuse import mountpoint
 from modelfs.fuse.ledger import Held
@@ -58,6 +58,7 @@ config_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(config_app, name="config")
+app.add_typer(contents.app)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -103,7 +104,6 @@ ConfigFile = Annotated[
         help="Configuration file. Without it: $MODELFS_CONFIG, ./modelfs.yaml, /etc/modelfs/config.yaml.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(
@@ -217,9 +217,9 @@ def status(
 ) -> None:
     """Show models, cache and traffic of the mount on MOUNTPOINT, or of all your mounts."""
     if place is not None:
-        data = _client(place).status()
+        data = client_of(place).status()
         if as_json:
-            _print_json(data)
+            print_json(data)
         else:
             show.status(show.console(), data)
         return
@@ -230,7 +230,7 @@ def status(
         except MountError as error:
             silent.append(str(error))
     if as_json:
-        _print_json(found)
+        print_json(found)
     elif not found and not silent:
         print("nothing is mounted")
     else:
@@ -249,63 +249,11 @@ def refresh(
     as_json: Json = False,
 ) -> None:
     """Look for new revisions of one model, or of all, on MOUNTPOINT now."""
-    answer = _client(place).refresh(model)
+    answer = client_of(place).refresh(model)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     else:
         show.models(show.console(), answer["models"])
-
-
-@app.command(
-    epilog="""\b
-Examples:
-  modelfs verify                                 everything in the cache of your one mount
-  modelfs verify finbert --mountpoint /models
-  modelfs verify --cache-dir /var/cache/modelfs  while nothing is mounted
-
-Exits with 1 if something bad was found."""
-)
-def verify(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="By default everything that is cached.")
-    ] = None,
-    place: Annotated[
-        Path | None, typer.Option("--mountpoint", metavar="DIR", help="Needed if you have several mounts.")
-    ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A cache directory that no mount uses.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Read the cache again from the disk, and discard what is bad: it is fetched again when it is read.
-
-    Every block is compared with its checksum, and every complete file with the digest its store published.
-    """
-    if cache_dir is not None and (model is not None or place is not None):
-        raise ConfigError("--cache-dir checks a whole directory: leave MODEL and --mountpoint away")
-    with show.progress("verifying") as progress:
-        if cache_dir is not None:
-            from modelfs.cli import direct  # the cache and more: other commands do not pay for it
-
-            answer = direct.verify_directory(cache_dir, progress)
-        else:
-            answer = _client(place or _only_mount()).verify(model, progress)
-    if as_json:
-        _print_json(answer)
-    else:
-        show.verified(show.console(), answer)
-    if answer["bad"]:
-        raise SystemExit(1)
-
-
-def _only_mount() -> Path:
-    """Return the mountpoint of this user's only mount."""
-    places = [record.mountpoint for record in control.mounts()]
-    if not places:
-        raise MountError("nothing is mounted: name a directory with --cache-dir, or mount first")
-    if len(places) > 1:
-        raise MountError(f"name one of your mounts with --mountpoint: {', '.join(map(str, places))}")
-    return places[0]
 
 
 @app.command(
@@ -357,7 +305,7 @@ def lock(
 def upgrade(place: Mountpoint) -> None:
     """Let a daemon of the modelfs that is installed now take over MOUNTPOINT; readers only wait a second."""
     path = mountpoint.canonical(place)
-    _client(path)
+    client_of(path)
     print(launch.upgrade(path))
 
 
@@ -376,17 +324,9 @@ def env(as_json: Json = False) -> None:
     if as_json:
         place = str(found.mountpoint) if found.mountpoint else None
         row = {"environment": found.environment, "way": found.way, "mountpoint": place, "why": found.why}
-        _print_json(row)
+        print_json(row)
     else:
         print(show.environment(found.environment, found.way, found.mountpoint, found.why))
-
-
-def _client(place: Path) -> control.ControlClient:
-    """Return the client of the daemon that serves `place`."""
-    path = mountpoint.canonical(place)
-    if control.find(path) is None:
-        raise MountError(f"{path} is not mounted by you: modelfs status lists what is")
-    return control.ControlClient(control.socket_path(path))
 
 
 @app.command(
@@ -419,7 +359,7 @@ def ls(
     if as_json:
         head = {"url": snapshot.url, "revision": snapshot.revision, "complete": snapshot.complete}
         rejected = [{"path": name, "why": why} for name, why in snapshot.rejected]
-        _print_json({**head, "entries": list(map(_entry_json, entries)), "rejected": rejected})
+        print_json({**head, "entries": list(map(_entry_json, entries)), "rejected": rejected})
         return
     show.listing(show.console(), snapshot, entries, long=long)
     if not snapshot.complete and not path:
@@ -458,7 +398,7 @@ def bench(
     with show.progress("measuring") as progress:
         found = speed.measure(settings, path, config.parse_size(most), progress)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     show.measured(show.console(), found)
 
@@ -504,10 +444,6 @@ def check(
         model["options"] = sorted({*model["options"]}.union(*model.pop("fallback_options")))
         model["sources"] = [redact(url) for url in model["sources"]]
     if as_json:
-        _print_json(data)
+        print_json(data)
     else:
         show.settings(show.console(), data)
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2))

@@ -155,6 +155,8 @@ def models(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
             out.print(
                 f"{printable(model['name'])}: {printable(path)} is a suspicious pickle: {printable(why)}"
             )
+        if model.get("pinned"):
+            out.print(f"{printable(model['name'])}: pinned, what is cached of it stays")
         if model.get("hidden"):  # an older daemon does not tell
             files = _counted(model["hidden"], "file")
             out.print(f"{printable(model['name'])}: {files} of the store hidden by its filters")
@@ -201,6 +203,41 @@ def progress(doing: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             bar.update(task, completed=line["done"], total=line["total"], name=printable(line["name"]))
 
         yield show
+
+
+def share(model: Mapping[str, Any]) -> str:
+    """Return how much of a model, as the status document has it, is cached."""
+    part = f" ({model['cached_bytes'] / model['size']:.0%})" if model["size"] else ""
+    return f"{size(model['cached_bytes'])} of {size(model['size'])}{part}"
+
+
+def prefetched(out: Console, model: str, answer: Mapping[str, Any], *, done: bool) -> None:
+    """Print what came of fetching a model ahead, or that it has begun if it is not `done`."""
+    what = f"{printable(model)}: {_counted(answer['files'], 'file')}, {size(answer['bytes'])}"
+    if not done:
+        out.print(f"prefetching {what}; modelfs status says how far it is")
+        return
+    out.print(f"prefetched {what}, {size(answer['fetched'])} of it fetched now")
+    for failed in answer["failed"]:
+        out.print(f"{printable(failed['name'])}: {printable(failed['why'])}")
+
+
+def evicted(out: Console, answer: Mapping[str, Any], freed: int) -> None:
+    """Print what was evicted, and what was not."""
+    out.print(f"evicted {_counted(len(answer['evicted']), 'file')}: {size(freed)} freed")
+    for kept in answer["kept"]:
+        out.print(f"{printable(kept['name'])}: stays, it is {kept['why']}")
+
+
+def collected(out: Console, answer: Mapping[str, Any], freed: int, now: float | None = None) -> None:
+    """Print what was evicted, or would be, because nobody used it."""
+    now = time.time() if now is None else now
+    for each in answer["evicted"]:
+        unused = duration(now - each["used"])
+        out.print(f"{printable(each['name'])}: {size(each['bytes'])}, unused for {unused}")
+    done = "would go" if answer["dry_run"] else "evicted"
+    end = "to be freed" if answer["dry_run"] else "freed"
+    out.print(f"{_counted(len(answer['evicted']), 'file')} {done}: {size(freed)} {end}")
 
 
 def verified(out: Console, answer: Mapping[str, Any]) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
-from collections.abc import Awaitable, Callable, Container, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -75,6 +76,44 @@ class Daemon(Protocol):
 
         """
 
+    def prefetching(self, model: str, globs: Sequence[str], *, wait: bool) -> Work:
+        """Return what fetches the files of `model` that `globs` match, or all, into the cache.
+
+        With `wait` it is done then, and may be cancelled; without, it has begun. It raises NotFound if there
+        is no such model or file, and other errors if they cannot be had at all.
+        """
+
+    async def pin(self, model: str) -> dict[str, Any]:
+        """Keep what is cached of `model` from eviction, after restarts too; return ``{"models": [...]}``.
+
+        Raises:
+            NotFound: there is no model of this name.
+
+        """
+
+    async def unpin(self, model: str) -> dict[str, Any]:
+        """Undo `pin`; return ``{"model": NAME, "pinned": false}``.
+
+        Raises:
+            NotFound: there is no model of this name.
+            ConfigError: the configuration pins it.
+
+        """
+
+    async def evict(self, model: str, globs: Sequence[str]) -> dict[str, Any]:
+        """Evict files of `model` that `globs` match, or all, but for those that are open or pinned.
+
+        Raises:
+            NotFound: there is no such model or file.
+
+        """
+
+    async def collect(self, older_than: float, *, dry_run: bool) -> dict[str, Any]:
+        """Evict what nobody used for `older_than` seconds, but for what is open or pinned.
+
+        With `dry_run` only say what that would be.
+        """
+
     def stop(self) -> None:
         """Begin to unmount and end; returns at once."""
 
@@ -98,7 +137,27 @@ class Call(NamedTuple):
     answer: Callable[[Request], Awaitable[Response]]
     text: str
     media: str = "application/json"
-    takes_model: bool = False
+    takes: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+
+_STRING = {"type": "string"}
+_MEMBERS: Mapping[str, tuple[Callable[[Any], bool], Mapping[str, Any]]] = {
+    "model": (lambda value: isinstance(value, str), _STRING),
+    "paths": (
+        lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+        {"type": "array", "items": _STRING},
+    ),
+    "wait": (lambda value: isinstance(value, bool), {"type": "boolean"}),
+    "older_than": (
+        lambda value: (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+        ),
+        {"type": "number", "minimum": 0},
+    ),
+    "dry_run": (lambda value: isinstance(value, bool), {"type": "boolean"}),
+}
+"""Members of bodies: whether a value is one, and its JSON schema."""
 
 
 def application(daemon: Daemon, *, read_only: bool = False) -> Starlette:
@@ -108,10 +167,29 @@ def application(daemon: Daemon, *, read_only: bool = False) -> Starlette:
         return JSONResponse(await daemon.status())
 
     async def refresh(request: Request) -> Response:
-        return JSONResponse(await daemon.refresh(await _model(request)))
+        return JSONResponse(await daemon.refresh((await asked(request)).get("model")))
 
     async def verify(request: Request) -> Response:
-        return _Lines(daemon.verification(await _model(request)))
+        return _Lines(daemon.verification((await asked(request)).get("model")))
+
+    async def prefetch(request: Request) -> Response:
+        body = await asked(request)
+        wait = body.get("wait", False)
+        return _Lines(daemon.prefetching(body["model"], body.get("paths", ()), wait=wait))
+
+    async def pin(request: Request) -> Response:
+        return JSONResponse(await daemon.pin((await asked(request))["model"]))
+
+    async def unpin(request: Request) -> Response:
+        return JSONResponse(await daemon.unpin((await asked(request))["model"]))
+
+    async def evict(request: Request) -> Response:
+        body = await asked(request)
+        return JSONResponse(await daemon.evict(body["model"], body.get("paths", ())))
+
+    async def collect(request: Request) -> Response:
+        body = await asked(request)
+        return JSONResponse(await daemon.collect(body["older_than"], dry_run=body.get("dry_run", False)))
 
     async def shutdown(request: Request) -> Response:
         async def stop() -> None:
@@ -144,8 +222,21 @@ def application(daemon: Daemon, *, read_only: bool = False) -> Starlette:
 
     calls = [
         Call("GET", "/v1/status", status, "The state of the mount"),
-        Call("POST", "/v1/refresh", refresh, "Look for new revisions", takes_model=True),
-        Call("POST", "/v1/verify", verify, "Read the cache again", _LINES, takes_model=True),
+        Call("POST", "/v1/refresh", refresh, "Look for new revisions", takes=("model",)),
+        Call("POST", "/v1/verify", verify, "Read the cache again", _LINES, takes=("model",)),
+        Call(
+            "POST",
+            "/v1/prefetch",
+            prefetch,
+            "Fetch files of a model into the cache",
+            _LINES,
+            takes=("paths", "wait"),
+            needs=("model",),
+        ),
+        Call("POST", "/v1/pin", pin, "Keep what is cached of a model", needs=("model",)),
+        Call("POST", "/v1/unpin", unpin, "Let what is cached of a model be evicted", needs=("model",)),
+        Call("POST", "/v1/evict", evict, "Evict files of a model", takes=("paths",), needs=("model",)),
+        Call("POST", "/v1/gc", collect, "Evict what is unused", takes=("dry_run",), needs=("older_than",)),
         Call("POST", "/v1/shutdown", shutdown, "Unmount and end"),
         Call("POST", "/v1/handover", handover, "Leave the mount to a successor"),
         Call("GET", "/healthz", healthz, "Whether the daemon lives", "text/plain"),
@@ -154,6 +245,12 @@ def application(daemon: Daemon, *, read_only: bool = False) -> Starlette:
         Call("GET", "/openapi.json", openapi, "This document"),
     ]
     calls = [call for call in calls if call.method == "GET" or not read_only]
+    by_path = {call.path: call for call in calls}
+
+    async def asked(request: Request) -> dict[str, Any]:
+        call = by_path[request.url.path]
+        return _members(await request.body(), call.takes, call.needs)
+
     return Starlette(
         routes=[Route(call.path, call.answer, methods=[call.method]) for call in calls],
         exception_handlers={ModelfsError: _refusal, Exception: _bug},
@@ -177,9 +274,10 @@ def _openapi(calls: Iterable[Call]) -> dict[str, Any]:
         }
         if call.path == "/readyz":
             operation["responses"]["503"] = {"description": "Not ready", "content": {call.media: {}}}
-        if call.takes_model:
-            model = {"type": "object", "properties": {"model": {"type": "string"}}}
-            content = {"application/json": {"schema": {**model, "additionalProperties": False}}}
+        if names := (*call.needs, *call.takes):
+            schema: dict[str, Any] = {"type": "object", "properties": {n: _MEMBERS[n][1] for n in names}}
+            schema |= {"required": list(call.needs)} if call.needs else {}
+            content = {"application/json": {"schema": {**schema, "additionalProperties": False}}}
             operation["requestBody"] = {"content": content}
         paths.setdefault(call.path, {})[call.method.lower()] = operation
     texts = {"error": {"type": "string"}, "kind": {"type": "string"}}
@@ -191,19 +289,24 @@ def _openapi(calls: Iterable[Call]) -> dict[str, Any]:
     }
 
 
-async def _model(request: Request) -> str | None:
-    """Return what the body ``{"model": NAME}`` names; None for an empty body or object."""
-    body = await request.body()
+def _members(body: bytes, takes: Sequence[str], needs: Sequence[str]) -> dict[str, Any]:
+    """Return the members of `body`, a JSON object with all that it `needs` and nothing that it does not take.
+
+    Raises:
+        ConfigError: it is something else.
+
+    """
     try:
-        asked = json.loads(body or b"{}")
+        found = json.loads(body or b"{}")
     except ValueError:
-        raise ConfigError('the body is not JSON: send {"model": "NAME"} or nothing') from None
-    if not isinstance(asked, dict) or asked.keys() - {"model"}:
-        raise ConfigError('the body is not understood: send {"model": "NAME"} or nothing')
-    model = asked.get("model")
-    if model is not None and not isinstance(model, str):
-        raise ConfigError("model is not text")
-    return model
+        raise ConfigError("the body is not JSON: see /openapi.json") from None
+    if not isinstance(found, dict) or found.keys() - {*takes, *needs} or {*needs} - found.keys():
+        known = ", ".join((*needs, *(f"[{name}]" for name in takes)))
+        raise ConfigError(f"the body is not understood: send a JSON object with {known}")
+    for name, value in found.items():
+        if not _MEMBERS[name][0](value):
+            raise ConfigError(f"{name} in the body is not of type {_MEMBERS[name][1]['type']}")
+    return found
 
 
 class _Lines(Response):
@@ -215,9 +318,12 @@ class _Lines(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = trio.Lock()
+
         async def tell(line: dict[str, Any]) -> None:
             body = json.dumps(line).encode() + b"\n"
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            async with sending:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
 
         async def work() -> None:
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +46,51 @@ class ControlClient:
         Returns the answer as docs/status.md describes it. Whoever gives up ends it.
 
         """
-        body = {} if model is None else {"model": model}
-        with self._request("POST", "/v1/verify", seconds, body) as response:
+        return self._watch("/v1/verify", {} if model is None else {"model": model}, progress, seconds)
+
+    def prefetch(
+        self,
+        model: str,
+        paths: Sequence[str],
+        progress: Callable[[dict[str, Any]], None],
+        *,
+        wait: bool,
+        seconds: float = 600.0,
+    ) -> dict[str, Any]:
+        """Make the daemon fetch files of `model` that the globs `paths` match, or all, into its cache.
+
+        Args:
+            model: its name.
+            paths: globs.
+            progress: called with each line of progress.
+            wait: return when all is there; whoever gives up ends it. Without, when it has begun.
+            seconds: the longest wait for the next line.
+
+        """
+        body = {"model": model, "paths": list(paths), "wait": wait}
+        return self._watch("/v1/prefetch", body, progress, seconds)
+
+    def pin(self, model: str, seconds: float = 60.0) -> dict[str, Any]:
+        """Make the daemon keep what is cached of `model`; return what it says of the model."""
+        return self._call("POST", "/v1/pin", seconds, {"model": model})
+
+    def unpin(self, model: str, seconds: float = 60.0) -> dict[str, Any]:
+        """Undo `pin`."""
+        return self._call("POST", "/v1/unpin", seconds, {"model": model})
+
+    def evict(self, model: str, paths: Sequence[str], seconds: float = 600.0) -> dict[str, Any]:
+        """Make the daemon evict the files of `model` that the globs `paths` match, or all of it."""
+        return self._call("POST", "/v1/evict", seconds, {"model": model, "paths": list(paths)})
+
+    def collect(self, older_than: float, *, dry_run: bool, seconds: float = 600.0) -> dict[str, Any]:
+        """Make the daemon evict what nobody used for `older_than` seconds, or say what that would be."""
+        return self._call("POST", "/v1/gc", seconds, {"older_than": older_than, "dry_run": dry_run})
+
+    def _watch(
+        self, path: str, body: Any, progress: Callable[[dict[str, Any]], None], seconds: float
+    ) -> dict[str, Any]:
+        """Return the answer that follows lines of progress; `seconds` is the longest wait for the next."""
+        with self._request("POST", path, seconds, body) as response:
             for text in response.iter_lines():
                 line = json.loads(text)
                 if "error" in line:

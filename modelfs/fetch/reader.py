@@ -149,6 +149,40 @@ class Reader:
             self._fetcher.metrics.hit_bytes.inc(len(span))
         self._fetcher.pump_for(self._download)
 
+    async def fetch(self, came: Callable[[], Awaitable[None]]) -> None:
+        """Return when all of the content is in the cache and has its published digest, if there is one.
+
+        One block after the other is waited for like by any reader; what prefetching brings meanwhile leaves
+        connections free for others. Cancelling leaves what is on its way on its way.
+
+        Args:
+            came: called after each block.
+
+        Raises:
+            StoreError: the bytes cannot be had: retries ended, or the deadline passed.
+            CacheError: the cache did not keep them.
+
+        """
+        download = self._download
+        era = -1
+        while era != download.era:  # what is found to be wrong comes again from another store
+            era, download.prefetch = download.era, True
+            for block in download.blocks:
+                if not download.object.has(block):
+                    await self._patiently(block_span(block, download.entry.size), self._arrived)
+                await came()
+            while download.flights or download.verifying:
+                await download.changed()
+        if download.error:
+            raise download.error
+        if not download.object.complete:
+            raise CacheError(
+                f"{download.entry.path}: the cache did not keep all of it: see its limit in modelfs status"
+            )
+
+    async def _arrived(self, span: Span) -> bool:
+        return True
+
     async def lend(self) -> Loan | None:
         """Return the data file for somebody who reads it without us, or None if that cannot be now.
 

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -691,6 +692,36 @@ def test_open_and_pinned_objects_stay(tmp_path: Path) -> None:
         assert whole(item) == b"abc"
         loan.close()
         item.close()
+
+
+def test_what_is_asked_for_is_evicted_unless_it_is_open_or_pinned(cache: Cache) -> None:
+    for key in ("free", "pinned", "open"):
+        opened(cache, key, content(BLOCK)).close()
+    cache.pin({"pinned"})
+    with closing(cache.object("open", BLOCK)):
+        assert [cache.holder(key) for key in ("free", "pinned", "open")] == [None, "pinned", "open"]
+        before = cache.used()
+        freed = cache.evict(["pinned", "free", "absent", "open"])
+        assert freed == {"free": before - cache.used()}
+        assert freed["free"] >= BLOCK
+    assert cache.metrics.value("modelfs_evicted_bytes_total") == freed["free"]
+    assert cache.metrics.value("modelfs_evicted_objects_total") == 1
+    assert {key for key, _ in cache.contents()} == {"pinned", "open"}
+
+
+def test_what_was_unused_for_a_while_is_found_in_the_order_of_use(cache: Cache) -> None:
+    began = time.time()
+    for key in ("pinned", "first", "second", "third"):
+        opened(cache, key, content(1000)).close()
+    cache.pin({"pinned"})
+    opened(cache, "first", content(1000)).close()
+    unused = cache.unused(time.time())
+    assert [each.key for each in unused] == ["second", "third", "first"]
+    assert all(began <= each.used <= time.time() and each.bytes >= 1000 for each in unused)
+    assert [each.key for each in cache.unused(unused[1].used)] == ["second", "third"]
+    assert cache.unused(began) == []
+    with closing(cache.object("third", 1000)):
+        assert [each.key for each in cache.unused(time.time())] == ["second", "first"]
 
 
 def test_pins_survive_a_restart_and_can_be_taken_back(tmp_path: Path) -> None:

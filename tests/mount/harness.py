@@ -59,8 +59,12 @@ class Mounted:
 
     def status(self) -> dict[str, Any]:
         """Return what ``modelfs status --json`` prints, without the half second that a command takes."""
+        return self.client().status()
+
+    def client(self) -> control.ControlClient:
+        """Return what commands ask the daemon with."""
         with self._environment():
-            return control.ControlClient(control.socket_path(mountpoint.canonical(self.path))).status()
+            return control.ControlClient(control.socket_path(mountpoint.canonical(self.path)))
 
     def umount(self) -> None:
         """Do what ``modelfs umount`` does."""
