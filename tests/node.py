@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from modelfs.fuse import mountpoint
 from tests.dockerfile import Image
@@ -87,8 +91,10 @@ class Pod:
         context = self.container.get("securityContext", {})
         self._user = context.get("runAsUser", 0)
         self._foreign = not spec.get("hostPID", False)
+        # All pods have the node's network: each gets ports of its own for those that it names.
+        self._ports = {each["containerPort"]: unused_port() for each in self.container.get("ports", [])}
         given = {each["name"]: each["value"] for each in self.container.get("env", []) if "value" in each}
-        self.env = {**image.env, **given}
+        self.env = {**image.env, **{name: self._with_ports(value) for name, value in given.items()}}
         self.log = directory / "log"
         directory.mkdir()
         self.process: subprocess.Popen[bytes] | None = None
@@ -120,7 +126,14 @@ class Pod:
     def probe(self, name: str) -> bool:
         """Return whether the container's probe of this name succeeds."""
         probe = self.container[name]
-        return self.exec(*probe["exec"]["command"], timeout=probe["timeoutSeconds"]).returncode == 0
+        asked, seconds = probe["httpGet"], probe["timeoutSeconds"]
+        (number,) = [
+            each["containerPort"] for each in self.container["ports"] if each["name"] == asked["port"]
+        ]
+        url = f"http://127.0.0.1:{self._ports[number]}{asked['path']}"
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(url, timeout=seconds, trust_env=False).is_success
+        return False
 
     def await_ready(self) -> None:
         """Return when the startup probe has succeeded, and then the readiness probe too."""
@@ -185,6 +198,11 @@ class Pod:
         return [mount.fstype for mount in table if mount.path == Path(path)]
 
     # -- how -------------------------------------------------------------------------------------------
+
+    def _with_ports(self, value: str) -> str:
+        for named, used in self._ports.items():
+            value = re.sub(rf":{named}$", f":{used}", value)
+        return value
 
     def _inside(self) -> list[str]:
         pid = self._pid()
@@ -259,6 +277,14 @@ class Pod:
         assert source.exists() or volume.get("hostPath", {}).get("type") != "Directory", f"no {source}"
         source.mkdir(parents=True, exist_ok=True)
         return source
+
+
+def unused_port() -> int:
+    """Return a port of the loopback address that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 @contextmanager

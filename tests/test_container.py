@@ -116,7 +116,6 @@ def test_ready_is_a_daemon_and_a_mount_that_answer(node: Any, tmp_path: Path) ->
     stat.chmod(0o755)
     assert node("ready") == (0, ["status /models"])
     assert node("ready", codes="4")[0] == 4
-    assert node("alive", codes="4")[0] == 4
     stat.unlink()
     assert node("ready")[0] != 0  # there is no directory
     (tmp_path / "models").mkdir()

@@ -28,9 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "maxUnavailable": "10%",
         "terminationGracePeriodSeconds": 60,
         "resources": {"limits": {"memory": "2Gi"}},
+        "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}, "interval": "1m"},
+        "networkPolicy": {"enabled": True, "scrapers": [{"podSelector": {}}]},
         "holder": {"enabled": True, "resources": {"limits": {"memory": "100Mi"}}},
     },
     "holder": {"holder": {"enabled": True}},
+    "monitoring": {"serviceMonitor": {"enabled": True}},
     "bare": {"networkPolicy": {"enabled": False}, "credentialsSecret": "", "priorityClassName": ""},
 }
 
@@ -86,6 +89,14 @@ def test_what_is_rendered_is_what_the_manifests_have(variant: str, kustomization
     assert comparable(ours) == comparable(theirs)
 
 
+def test_what_is_scraped_is_what_the_manifests_have() -> None:
+    ours, theirs = helm.render(CHART, VARIANTS["monitoring"]), kustomize.build(K8S / "overlays/monitoring")
+    for kind in ("ServiceMonitor", "Service"):
+        mine, other = only(ours, kind)["spec"], only(theirs, kind)["spec"]
+        del mine["selector"], other["selector"]  # a release has one more label
+        assert mine == other
+
+
 def test_values_arrive() -> None:
     values = VARIANTS["everything"]
     objects = helm.render(CHART, values)
@@ -104,6 +115,10 @@ def test_values_arrive() -> None:
     assert spec["updateStrategy"]["rollingUpdate"]["maxUnavailable"] == "10%"
     assert pod["terminationGracePeriodSeconds"] == 60
     assert container["resources"]["limits"] == {"memory": "2Gi"}
+    monitor = only(objects, "ServiceMonitor")
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    assert monitor["spec"]["endpoints"][0]["interval"] == "1m"
+    assert only(objects, "NetworkPolicy")["spec"]["ingress"][0]["from"] == [{"podSelector": {}}]
     (keeper,) = only(objects, "DaemonSet", "modelfs-keeper")["spec"]["template"]["spec"]["containers"]
     assert keeper["image"] == container["image"]
     assert keeper["resources"]["limits"] == {"memory": "100Mi"}

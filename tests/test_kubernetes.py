@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -13,7 +17,7 @@ from modelfs import config
 from tests import kustomize
 
 K8S = Path(__file__).parents[1] / "k8s"
-KUSTOMIZATIONS = sorted(str(path.parent.relative_to(K8S)) for path in K8S.rglob("kustomization.yaml"))
+KUSTOMIZATIONS = ["base", *sorted(f"overlays/{path.name}" for path in (K8S / "overlays").iterdir())]
 VERSION = "1.37"
 """Of the schemas; pinned, so that a new version of the package changes nothing by itself."""
 
@@ -22,6 +26,10 @@ Object = dict[str, Any]
 
 def validate(found: Object) -> None:
     """Hold `found` against the schema of its kind, in which no unknown member is allowed."""
+    if found["kind"] == "ServiceMonitor":  # not one of Kubernetes' own
+        schema = Path(__file__).with_name("schemas") / "servicemonitor.json"
+        jsonschema.validate(found, json.loads(schema.read_text()))
+        return
     kubernetes_validate.validate(found, VERSION, strict=True)
 
 
@@ -46,6 +54,10 @@ def test_the_schemas_refuse_what_is_wrong() -> None:
     daemonset["spec"]["template"]["spec"]["hostPid"] = True
     with pytest.raises(kubernetes_validate.ValidationError, match="hostPid"):
         validate(daemonset)
+    monitor = only(kustomize.build(K8S / "overlays/monitoring"), "ServiceMonitor")
+    monitor["spec"]["endpoints"][0]["intervall"] = "30s"
+    with pytest.raises(jsonschema.ValidationError, match="intervall"):
+        validate(monitor)
 
 
 def test_the_mount_is_a_child_of_what_pods_mount(objects: list[Object]) -> None:
@@ -121,6 +133,52 @@ def test_one_image_is_named(objects: list[Object]) -> None:
     assert len({container["image"] for pod in pods for container in pod["containers"]}) == 1
 
 
+def test_who_asks_for_health_and_metrics_finds_the_port(objects: list[Object]) -> None:
+    pod = only(objects, "DaemonSet")["spec"]["template"]
+    (container,) = [c for c in pod["spec"]["containers"] if c["name"] == "modelfs"]
+    (port,) = container["ports"]
+    env = {each["name"]: each.get("value") for each in container["env"]}
+    assert env["MODELFS_HTTP"].endswith(f":{port['containerPort']}")
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[name]["httpGet"]["port"] == port["name"]
+    service = only(objects, "Service")
+    assert [each["targetPort"] for each in service["spec"]["ports"]] == [port["name"]]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    (rule,) = only(objects, "NetworkPolicy")["spec"]["ingress"]
+    assert rule["ports"] == [{"port": port["name"]}]
+    for monitor in (o for o in objects if o["kind"] == "ServiceMonitor"):
+        (endpoint,) = monitor["spec"]["endpoints"]
+        assert endpoint["port"] in [each["name"] for each in service["spec"]["ports"]]
+        selected = [
+            o["metadata"]["name"]
+            for o in objects
+            if o["kind"] == "Service"
+            and monitor["spec"]["selector"]["matchLabels"].items() <= o["metadata"].get("labels", {}).items()
+        ]
+        assert selected == ["modelfs"]
+
+
+def test_all_components_together(tmp_path: Path) -> None:
+    page = Path(__file__).parents[1] / "docs/kubernetes.md"
+    (text,) = re.findall(
+        r"^```yaml\n(# kustomization.yaml\n.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE
+    )
+    own = yaml.safe_load(text)
+    assert {Path(name).name for name in own["components"]} == {p.name for p in (K8S / "components").iterdir()}
+    for member in ("resources", "components"):  # as if it lay in k8s/ours
+        own[member] = [os.path.relpath(K8S / "ours" / name, tmp_path.resolve()) for name in own[member]]
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    (tmp_path / "config.yaml").write_text("models: {ours: 's3://models/ours/'}\n")
+    objects = kustomize.build(tmp_path)
+    for found in objects:
+        validate(found)
+    pods = [o["spec"]["template"]["spec"] for o in objects if o["kind"] == "DaemonSet"]
+    assert [len(pod["containers"]) for pod in pods] == [2, 1]
+    assert {c["image"] for pod in pods for c in pod["containers"]} == {"ghcr.io/ours/modelfs:0.1.0"}
+    (volume,) = [v for v in pods[0]["volumes"] if v["name"] == "config"]
+    assert "ours" in only(objects, "ConfigMap", volume["configMap"]["name"])["data"]["config.yaml"]
+
+
 def test_secrets_are_only_referred_to(objects: list[Object]) -> None:
     assert not [o for o in objects if o["kind"] == "Secret"]
 
@@ -129,8 +187,12 @@ def test_every_file_belongs_to_something() -> None:
     used = set()
     for file in K8S.rglob("kustomization.yaml"):
         document = yaml.safe_load(file.read_text())
-        named = [*document.get("resources", []), *(p["path"] for p in document.get("patches", []))]
+        named = [
+            *document.get("resources", []),
+            *document.get("components", []),
+            *(p["path"] for p in document.get("patches", [])),
+        ]
         named += [name for made in document.get("configMapGenerator", []) for name in made["files"]]
         used |= {(file.parent / name).resolve() for name in named} | {file.resolve()}
-    ours = {f.resolve() for part in ("base", "overlays") for f in (K8S / part).rglob("*.yaml")}
+    ours = {f.resolve() for part in ("base", "components", "overlays") for f in (K8S / part).rglob("*.yaml")}
     assert ours - used == set()
