@@ -114,6 +114,7 @@ def network() -> Network:
     files = [file for file in (path.expanduser() for path in settings) if file.exists()]
     named = " ".join([*env.values(), *(file.read_text() for file in files)])
     paths = {Path(path) for path in re.findall(r"(?:^|[\s=:]|file://)(/[\w./-]+)", named)}
+    paths = {path.parent if path.name == "simple" else path for path in paths}  # an index, beside its files
     return Network(env, tuple(str(path) for path in sorted({*files, *paths}) if path.exists()))
 
 
