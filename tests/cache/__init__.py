@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,3 +84,53 @@ def damage(path: Path, offset: int) -> None:
         file.seek(offset)
         file.write(bytes([byte ^ 0x10]))
     path.chmod(mode)
+
+
+@contextmanager
+def mounted(directory: Path, *options: str) -> Iterator[Path]:
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", *options, "modelfs-test", str(directory)], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+@contextmanager
+def read_only(directory: Path) -> Iterator[None]:
+    """Let nobody who opens something in `directory` from now on change it."""
+    subprocess.run(["mount", "--bind", str(directory), str(directory)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(directory)], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def opened(cache: Cache, key: str, data: bytes) -> CacheObject:
+    item = cache.object(key, len(data))
+    put(item, data)
+    return item
+
+
+def stored(cache: Cache, key: str, data: bytes) -> None:
+    opened(cache, key, data).close()
+
+
+def in_threads(jobs: list[Callable[[], object]]) -> None:
+    """Run all `jobs` at once and raise what any of them raised."""
+    failures: list[BaseException] = []
+
+    def run(job: Callable[[], object]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
