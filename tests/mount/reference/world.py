@@ -295,12 +295,15 @@ class World:
             return
         found = [status_of(tree, path) for tree in self._possible[model]]
         versions = [node for tree in self._possible[model] if isinstance(node := tree.get(path), File)]
+        perhaps_directory = any(row[0] == "directory" for row in found if isinstance(row, tuple))
         size = self.actor.attempt("open_as", number, self._place(model, path), flags)
         if isinstance(size, OSError):
             missing = {row for row in found if isinstance(row, int)}
+            if perhaps_directory and flags & os.O_DIRECT:
+                missing.add(errno.EINVAL)  # open(2) of a directory with O_DIRECT
             self._excused(size, {*self._excuses(model, path, versions), *missing}, path)
             return
-        if any(row[0] == "directory" for row in found if isinstance(row, tuple)):
+        if perhaps_directory:
             self.actor.do("close", number)  # perhaps that is what it is: directories are opened too
             return
         fitting = [version for version in versions if version.size == size]
