@@ -30,6 +30,9 @@ _KEY = re.compile(r"[a-z0-9-]{1,100}")
 _PINS = "cache/pins"
 _STRIPES = 64
 
+SYNC_SECONDS = 5.0
+"""How long a clean stop waits for the disk, on which others may write gigabytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -423,8 +426,9 @@ class Cache:
         Objects that are still open lose their blocks for whoever holds them.
 
         Args:
-            sync: wait until everything is on the disk. Without, it is trusted only until the machine is
-                restarted: right for handing over to a successor, who must not wait for gigabytes.
+            sync: wait until everything is on the disk, but no longer than `SYNC_SECONDS`. Without, it is
+                trusted only until the machine is restarted: right for handing over to a successor, who must
+                not wait for gigabytes.
 
         """
         with self._room:
@@ -439,10 +443,11 @@ class Cache:
                 item.retire()
         self._meta.close()
         try:
-            if sync:
-                disk.sync_file_system(self._dir)
-            clean = self.index.dump(boot=home.boot(), synced=sync)
-            disk.replace(self.directory / "clean", clean, sync=sync)
+            synced = sync and disk.sync_file_system(self._dir, SYNC_SECONDS)
+            if synced != sync:
+                _log.warning("%s: the disk is busy; if the machine stops now, all is checked", self.directory)
+            clean = self.index.dump(boot=home.boot(), synced=synced)
+            disk.replace(self.directory / "clean", clean, sync=synced)
         except OSError as error:
             self.metrics.cache_errors.inc()
             _log.warning("%s", disk.failure("leave the cache clean", self.directory, error))

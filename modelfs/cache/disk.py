@@ -10,6 +10,8 @@ import errno
 import fcntl
 import mmap
 import os
+import select
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +31,13 @@ _IOPRIO_NONE, _IOPRIO_IDLE = 0, 3 << 13
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_libc.syncfs.argtypes = [ctypes.c_int]
+
+_SYNC = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+sys.exit(ctypes.get_errno() if libc.syncfs(3) else 0)
+"""
+"""What a process runs to write the file system of its descriptor 3 to the disk."""
 
 
 def failure(doing: str, place: Path | str, error: OSError) -> CacheError:
@@ -259,11 +267,25 @@ def punch(fd: int, start: int, length: int) -> bool:
     raise OSError(number, os.strerror(number))
 
 
-def sync_file_system(fd: int) -> None:
-    """Wait until everything written to the file system of `fd` is on its disk (syncfs(2))."""
-    if _libc.syncfs(fd) != 0:
-        number = ctypes.get_errno()
+def sync_file_system(fd: int, seconds: float) -> bool:
+    """Return whether everything written to the file system of `fd` is on its disk within `seconds`.
+
+    That is what all programs have written, and syncfs(2) cannot be interrupted, not even by SIGKILL: a
+    process of its own calls it, which is left to itself when the time is over.
+    """
+    child = os.posix_spawn(
+        sys.executable, [sys.executable, "-ISc", _SYNC], {}, file_actions=[(os.POSIX_SPAWN_DUP2, fd, 3)]
+    )
+    ended = os.pidfd_open(child)
+    try:
+        if not select.select([ended], [], [], seconds)[0]:
+            return False
+    finally:
+        os.close(ended)
+    number = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if number:
         raise OSError(number, os.strerror(number))
+    return True
 
 
 def sync_directory(directory: Path) -> None:

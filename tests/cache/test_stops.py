@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modelfs.cache import Cache
+from modelfs.cache import Cache, home
 from modelfs.cache.index import Index
 from modelfs.errors import CacheError
 from modelfs.types import BLOCK, Span
@@ -187,6 +187,18 @@ def test_a_damaged_index_is_rebuilt_and_nothing_is_trusted(tmp_path: Path) -> No
         assert item.unchecked == 1
         assert whole(item) == b"abc"
         item.close()
+
+
+def test_a_busy_disk_delays_no_stop_and_costs_a_check_only_after_a_restart_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot = "this"
+    monkeypatch.setattr(home, "boot", lambda: boot)
+    monkeypatch.setattr("modelfs.cache.directory.SYNC_SECONDS", 0.0)  # no disk is as fast as that
+    for boot, unclean in (("this", False), ("this", False), ("next", True)):  # noqa: B007  # seen by `home`
+        with closing(open_cache(tmp_path / "c")) as cache:
+            assert cache.usage().unclean_start == unclean
+            stored(cache, "k", b"abc")
 
 
 def test_an_index_that_did_not_wait_for_the_disk_holds_until_the_next_boot() -> None:
