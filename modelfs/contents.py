@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -91,28 +91,29 @@ class Contents:
         there = {each.name: self._catalog.files.cached_bytes(each.model, each.entry) for each in wanted}
         before = sum(there.values())
         report = Fetched(len(wanted), sum(each.entry.size for each in wanted))
-        slots = trio.CapacityLimiter(AT_ONCE)
+        left = iter(wanted)
 
         async def note(each: Wanted) -> None:
-            there[each.name] = self._catalog.files.cached_bytes(each.model, each.entry)
-            await progress(each.name, sum(there.values()), report.bytes)
+            now = self._catalog.files.cached_bytes(each.model, each.entry)
+            report.fetched += now - there[each.name]
+            there[each.name] = now
+            await progress(each.name, before + report.fetched, report.bytes)
 
-        async def fetch_one(each: Wanted) -> None:
-            try:
-                async with slots:
+        async def fetch_some() -> None:
+            for each in left:
+                try:
                     reader = await self._fetcher.open(each.model.source_of(each.entry), each.entry)
                     try:
                         await reader.fetch(partial(note, each))
                     finally:
                         reader.close()
-            except ModelfsError as error:
-                report.failed.append({"name": each.name, "why": str(error)})
-            await note(each)
+                except ModelfsError as error:
+                    report.failed.append({"name": each.name, "why": str(error)})
+                await note(each)
 
         async with trio.open_nursery() as nursery:
-            for each in wanted:
-                nursery.start_soon(fetch_one, each)
-        report.fetched = sum(there.values()) - before
+            for _ in range(AT_ONCE):
+                nursery.start_soon(fetch_some)
         return report
 
     # -- given up --------------------------------------------------------------------------------------
@@ -155,18 +156,16 @@ class Contents:
         if not dry_run:
             freed = self._cache.evict([each.key for each in unused])
             unused = [each for each in unused if each.key in freed]
-        names = {key: _name(model, entry) for model, entry, key in self._files(self._catalog.named())}
+        names = {
+            model.source_of(entry).key(entry): _name(model, entry)
+            for model in self._catalog.named()
+            for entry in (model.snapshot.entries.values() if model.snapshot else ())
+            if entry.kind == "file"
+        }
         rows = [
             {"name": names.get(each.key, each.key), "bytes": each.bytes, "used": each.used} for each in unused
         ]
         return {"evicted": rows, "dry_run": dry_run}
-
-    def _files(self, models: Iterable[Model]) -> Iterator[tuple[Model, Entry, str]]:
-        """Yield all files of `models` with their keys."""
-        for model in models:
-            for entry in list(model.snapshot.entries.values()) if model.snapshot else ():
-                if entry.kind == "file":
-                    yield model, entry, model.source_of(entry).key(entry)
 
 
 def _name(model: Model, entry: Entry) -> str:

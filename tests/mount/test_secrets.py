@@ -164,6 +164,8 @@ models:
 
 
 def test_working_stores_show_no_secret(working: Mounted) -> None:
+    for model in MODELS:  # what is pinned is noted on disk
+        working.client().pin(model)
     assert_nothing_leaks(working)
 
 
