@@ -4,7 +4,7 @@
 #     -v /var/cache/modelfs:/var/cache/modelfs \
 #     --mount type=bind,source=/var/lib/modelfs,target=/var/lib/modelfs,bind-propagation=rshared modelfs
 #
-# The versions of all Python packages are in packaging/container/constraints.txt.
+# All Python packages that it needs, and their versions, are in packaging/container/constraints.txt.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
@@ -15,10 +15,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python -m venv --without-pip /opt/modelfs
 WORKDIR /src
-COPY packaging/container/constraints.txt pyproject.toml README.md LICENSE ./
+# Before the source: a change of that does not install them anew.
+COPY packaging/container/constraints.txt ./
+RUN pip --python /opt/modelfs/bin/python install --no-cache-dir --no-deps --requirement constraints.txt
+COPY pyproject.toml README.md LICENSE ./
 COPY modelfs modelfs
-RUN pip --python /opt/modelfs/bin/python install --no-cache-dir --constraint constraints.txt \
-    '.[az,fsspec,gs,zstd]'
+RUN pip --python /opt/modelfs/bin/python install --no-cache-dir --no-deps . \
+    && pip --python /opt/modelfs/bin/python check
 
 FROM ${PYTHON_IMAGE}
 ARG VERSION=unknown

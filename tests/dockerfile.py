@@ -1,8 +1,8 @@
 """Build an image from a Dockerfile without a container engine: every step is done for real, in a chroot.
 
 Of the Dockerfile reference (docs.docker.com/reference/dockerfile) what our file uses: several stages, ARG
-before them, COPY with ``--from`` and ``--chmod``, shell forms. Steps before the first COPY of a stage depend
-on nothing but the file, and are kept for the next build, as an engine does; all others are done each time.
+before them, COPY with ``--from`` and ``--chmod``, shell forms. What the first steps of a stage do is kept for
+the next build, as an engine does, up to the first one that copies a directory; all others are done each time.
 """
 
 from __future__ import annotations
@@ -128,19 +128,20 @@ def built(recipe: Path, bases: Mapping[str, Sequence[Path]]) -> Iterator[Image]:
     images: dict[str, Image] = {}
     with ExitStack() as stack:
         for stage in stages(recipe.read_text()):
-            first = next((n for n, (word, _) in enumerate(stage.steps) if word == "COPY"), len(stage.steps))
-            base = bases[stage.image]
-            lower = [layer(stage.steps[:first], base), *base]
+            context, base = recipe.parent, bases[stage.image]
+            first = next(n for n, step in enumerate(stage.steps) if None in _copied(step, context))
+            lower = [layer(stage.steps[:first], base, context), *base]
             image = images[stage.name] = Image(stack.enter_context(_overlay(lower)))
             for number, (word, rest) in enumerate(stage.steps):
-                if word != "RUN" or number >= first:
-                    _step(image, word, rest, recipe.parent, images, reached)
+                if word not in ("RUN", "COPY") or number >= first:
+                    _step(image, word, rest, context, images, reached)
         yield image
 
 
-def layer(steps: Sequence[tuple[str, str]], base: Sequence[Path]) -> Path:
-    """Return what `steps`, which copy nothing, change in `base`; made once for each text of them."""
-    key = hashlib.sha256(json.dumps([*map(str, base), *steps]).encode()).hexdigest()[:16]
+def layer(steps: Sequence[tuple[str, str]], base: Sequence[Path], context: Path) -> Path:
+    """Return what `steps`, which copy files from `context`, change in `base`; made once for each of these."""
+    copied = [digest for step in steps for digest in _copied(step, context)]
+    key = hashlib.sha256(json.dumps([*map(str, base), *steps, copied]).encode()).hexdigest()[:16]
     kept = BUILD / f"layer-{key}"
     if not kept.exists():
         unfinished = kept.with_suffix(".unfinished")
@@ -149,9 +150,19 @@ def layer(steps: Sequence[tuple[str, str]], base: Sequence[Path]) -> Path:
         with _overlay(base, upper=unfinished) as root:
             image, reached = Image(root), network()
             for word, rest in steps:
-                _step(image, word, rest, root, {}, reached)
+                _step(image, word, rest, context, {}, reached)
         unfinished.rename(kept)
     return kept
+
+
+def _copied(step: tuple[str, str], context: Path) -> list[str | None]:
+    """Return digests of the files that a step copies; None for a directory, and for what a stage made."""
+    words = shlex.split(step[1]) if step[0] == "COPY" else []
+    sources = [None if "--from=" in step[1] else context / word for word in words[:-1] if word[:2] != "--"]
+    return [
+        hashlib.sha256(source.read_bytes()).hexdigest() if source and source.is_file() else None
+        for source in sources
+    ]
 
 
 def _step(
@@ -195,8 +206,8 @@ def _copy(image: Image, words: list[str], context: Path, images: dict[str, Image
     origin = images[options["from"]].root if "from" in options else context
     for source in (_inside(origin, name) for name in sources):
         if source.is_dir():  # its content, not itself
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, place, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["cp", "--archive", f"{source}/.", place], check=True)
             continue
         file = place / source.name if target.endswith("/") else place
         file.parent.mkdir(parents=True, exist_ok=True)
