@@ -137,6 +137,10 @@ def check_answers(path: Path, seconds: float = 10.0) -> None:
         raise MountError(f"{path} is not a modelfs mount although its daemon says so")
 
 
+def _taken(path: Path) -> MountError:
+    return MountError(f"{path} is a modelfs mount already: modelfs umount {path} first")
+
+
 def prepare(path: Path, *, allow_other: bool = False) -> None:
     """Make sure that `path` (as `canonical` returns it) can be mounted on; take a stale mount of ours away.
 
@@ -147,7 +151,7 @@ def prepare(path: Path, *, allow_other: bool = False) -> None:
     mount = mount_at(path)
     while mount is not None and mount.ours:
         if not is_stale(path):
-            raise MountError(f"{path} is a modelfs mount already: modelfs umount {path} first")
+            raise _taken(path)
         log.warning("%s: removing the mount that a daemon left behind", path)
         detach(path, lazy=True)
         mount = mount_at(path)
@@ -156,6 +160,8 @@ def prepare(path: Path, *, allow_other: bool = False) -> None:
             raise MountError(f"{path} is not a directory: choose a directory to mount on")
         with os.scandir(path) as entries:
             if next(entries, None) is not None:
+                if mount_at(path) is not None:  # it was made since we looked
+                    raise _taken(path)
                 raise MountError(f"{path} is not empty: choose an empty directory")
     except FileNotFoundError:
         raise MountError(f"{path} does not exist: mkdir -p {path}") from None
