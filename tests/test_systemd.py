@@ -35,12 +35,16 @@ BOOT = """
 for mounted in $(cut -d' ' -f5 /proc/self/mountinfo); do
   case "$mounted" in "$SHARED"*) ;; *) mount --make-slave "$mounted" || true ;; esac
 done
+for mounted in $(grep -F ' - fuse.modelfs ' /proc/self/mountinfo | cut -d' ' -f5); do
+  case "$mounted" in "$SHARED"*) ;; *) umount --lazy "$mounted" || true ;; esac
+done
 mount -t tmpfs tmpfs /run
 exec {systemd} --system --log-target=console --show-status=no
 """
 """Keeps what systemd mounts to its namespace, but for what is below $SHARED, as a host does for its pods.
 
 Slaves, and not private: what other tests unmount meanwhile is unmounted here too, and their daemons can end.
+What is private outside too becomes no slave: the mounts of other tests are unmounted here at once.
 """
 
 UNIT = """
