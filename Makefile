@@ -4,13 +4,13 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl fio docker-registry skopeo systemd mmdebstrap prometheus
+PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv nginx-light rsync attr openssl fio docker-registry skopeo systemd mmdebstrap prometheus rpm
 # Azure Blob Storage for the tests; the development packages bring the node that runs it.
 AZURITE := azurite@3.35.0
 # kustomize and Helm as libraries in Go. The packages around them are for newer Pythons; the tests ask the libraries.
 GO := pykustomize==0.1.4 helm-sdkpy==0.1.32
 
-.PHONY: help demo test check bench chaos storm reference fuzz clean
+.PHONY: help demo test check dist deb rpm bench chaos storm reference fuzz clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,16 @@ check: .venv/.ready  ## ruff, mypy --strict, and the test of the layers
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_layers.py
+
+dist: .venv/.ready  ## wheel and sdist, in dist/
+	@$(BIN)/python -m hatchling build -d dist
+	@$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+
+deb: .venv/.ready  ## the package for hosts with this release of Debian or Ubuntu, in dist/
+	@$(BIN)/python packaging/host/build.py deb
+
+rpm: .venv/.ready  ## the same as an .rpm
+	@$(BIN)/python packaging/host/build.py rpm
 
 bench: .venv/.ready  ## the HTTP clients, then mounts beside rclone and s3fs; root; ARGS=--quick
 	@command -v s3fs >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends s3fs >/dev/null; } \

@@ -71,16 +71,19 @@ def base_root() -> Path:
 
 @contextmanager
 def copied(base: Path) -> Iterator[Path]:
-    """Yield a directory that holds what `base` holds and can be written to; it is removed in the end."""
+    """Yield a directory that holds what `base` holds and can be written to; it is removed in the end.
+
+    What is written is kept in memory, as long as it is there.
+    """
     holder = Path(tempfile.mkdtemp(prefix="copy-", dir=BUILD))
-    holder.chmod(0o755)
     root, upper, work = (holder / name for name in ("root", "upper", "work"))
-    for directory in (root, upper, work):
-        directory.mkdir()
-    options = f"lowerdir={base},upperdir={upper},workdir={work}"
-    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, root], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", holder], check=True)
     try:
+        for directory in (root, upper, work):
+            directory.mkdir()
+        options = f"lowerdir={base},upperdir={upper},workdir={work}"
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, root], check=True)
         yield root
     finally:
-        subprocess.run(["umount", "--lazy", root], check=True)
-        shutil.rmtree(holder)
+        subprocess.run(["umount", "--lazy", "--recursive", holder], check=True)
+        holder.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from tests.mount.test_handover import origin as origin
 from tests.origin import Origin
 
 SYSTEMD = Path("/lib/systemd/systemd")
+
+SERVICE = "modelfs@models"
 
 UNSHARE = [
     "unshare",
@@ -47,20 +50,23 @@ Slaves, and not private: what other tests unmount meanwhile is unmounted here to
 What is private outside too becomes no slave: the mounts of other tests are unmounted here at once.
 """
 
-UNIT = """
+UNIT = Path(__file__).parents[1] / "packaging/host/files/modelfs@.service"
+
+HERE = """
 [Unit]
 DefaultDependencies=no
+AssertPathExists=
 [Service]
-Type=notify
 Environment={environment}
+ExecStart=
 ExecStart={python} -m modelfs mount {path} --foreground --transport=kernel --cache-dir={place}/cache {words}
 StandardOutput=append:{place}/service.log
 StandardError=append:{place}/service.log
-FileDescriptorStoreMax=8
-Restart=on-failure
+CacheDirectory=
+RuntimeDirectory=
 RestartSec=100ms
-TimeoutStartSec=2min
 """
+"""What differs from the unit in packages: there is no installation, and nothing but `place` is written to."""
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/fuse") or not SYSTEMD.exists(),
@@ -129,36 +135,37 @@ def systemd(place: Path) -> Iterator[Systemd]:
 def test_systemctl_restart_under_load_fails_no_read(systemd: Systemd, place: Path, origin: Origin) -> None:
     path = place / "models"
     path.mkdir()
-    # $FDSTORE: what systemd sets from version 254 on.
-    variables = {**alone(place), "PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), "FDSTORE": "8"}
-    unit = UNIT.format(
+    variables = {**alone(place), "PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path)}
+    here = HERE.format(
         environment=" ".join(f'"{name}={value}"' for name, value in variables.items()),
         python=sys.executable,
         path=path,
         place=place,
         words=f"--source=m={origin.url} --refresh=0",
     )
-    (systemd.units / "modelfs.service").write_text(unit)
+    shutil.copy(UNIT, systemd.units)
+    (systemd.units / f"{UNIT.name}.d").mkdir()
+    (systemd.units / f"{UNIT.name}.d/here.conf").write_text(here)
     systemd.ctl("daemon-reload")
-    systemd.ctl("start", "modelfs")
+    systemd.ctl("start", SERVICE)
     mount = Mounted(path, place / "cache", place / "service.log", alone(place))
     device = mountpoint.mount_at(path)
     assert device is not None
     kept = "NFileDescriptorStore"
-    assert systemd.ctl("show", "modelfs", "-p", kept) == f"{kept}=2"
+    assert systemd.ctl("show", SERVICE, "-p", kept) == f"{kept}=2"
     with Readers(mount.path / "m", origin, 4) as results:
         for restarts in (1, 2):
-            systemd.ctl("restart", "modelfs")
+            systemd.ctl("restart", SERVICE)
             assert mountpoint.mount_at(path) == device
             assert mount.status()["handovers"] == restarts
         # Not asked for, systemd does it by itself.
-        systemd.ctl("kill", "--signal=KILL", "--kill-who=all", "modelfs")
-        eventually(lambda: systemd.ctl("show", "modelfs", "-p", "NRestarts") == "NRestarts=1")
-        eventually(lambda: systemd.ctl("is-active", "modelfs", check=False) == "active")
+        systemd.ctl("kill", "--signal=KILL", "--kill-who=all", SERVICE)
+        eventually(lambda: systemd.ctl("show", SERVICE, "-p", "NRestarts") == "NRestarts=1")
+        eventually(lambda: systemd.ctl("is-active", SERVICE, check=False) == "active")
         assert mount.status()["handovers"] == 3
     assert len(results) == 4
     assert all(results)
     assert mountpoint.mount_at(path) == device
     mount.umount()
-    eventually(lambda: systemd.ctl("is-active", "modelfs", check=False) == "inactive")
+    eventually(lambda: systemd.ctl("is-active", SERVICE, check=False) == "inactive")
     assert left_behind(place) == []

@@ -93,8 +93,10 @@ def _options(
     pass
 
 
+# parser: left to itself, typer looks at the path, and waits with all others if nobody serves the mount there.
 Mountpoint = Annotated[
-    Path, typer.Argument(metavar="MOUNTPOINT", help="The directory to mount on.", show_default=False)
+    Path,
+    typer.Argument(metavar="MOUNTPOINT", help="The directory to mount on.", show_default=False, parser=Path),
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -212,7 +214,9 @@ def umount(
 
 @app.command()
 def status(
-    place: Annotated[Path | None, typer.Argument(metavar="[MOUNTPOINT]", show_default=False)] = None,
+    place: Annotated[
+        Path | None, typer.Argument(metavar="[MOUNTPOINT]", show_default=False, parser=Path)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show models, cache and traffic of the mount on MOUNTPOINT, or of all your mounts."""

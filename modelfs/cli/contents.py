@@ -25,7 +25,8 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Its name, as modelfs status has it.", show_default=False)
 ]
 Place = Annotated[
-    Path | None, typer.Option("--mountpoint", metavar="DIR", help="Needed if you have several mounts.")
+    Path | None,
+    typer.Option("--mountpoint", metavar="DIR", help="Needed if you have several mounts.", parser=Path),
 ]
 Paths = Annotated[
     list[str] | None,
@@ -80,7 +81,8 @@ def verify(
         str | None, typer.Argument(metavar="[MODEL]", help="By default everything that is cached.")
     ] = None,
     place: Annotated[
-        Path | None, typer.Option("--mountpoint", metavar="DIR", help="Needed if you have several mounts.")
+        Path | None,
+        typer.Option("--mountpoint", metavar="DIR", help="Needed if you have several mounts.", parser=Path),
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A cache directory that no mount uses.")

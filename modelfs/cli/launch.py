@@ -160,7 +160,7 @@ def background(settings: Settings) -> dict[str, Any]:
             stdout=output,
             stderr=output,
             pass_fds=(told,),
-            start_new_session=True,
+            start_new_session=not mountpoint.is_awaited(settings.mountpoint),
             env=_environment(),
         )
         try:
@@ -214,7 +214,8 @@ def _leaving_on_signals() -> Iterator[None]:
 def _environment() -> dict[str, str]:
     """Return this process's environment, in which a Python finds this very modelfs, installed or not."""
     root = str(Path(modelfs.__file__).parents[1])
-    if root in (*site.getsitepackages(), site.getusersitepackages()):
+    # Those of a package lie behind a symbolic link: with the path it leads to now, no upgrade would be seen.
+    if root in map(os.path.realpath, (*site.getsitepackages(), site.getusersitepackages())):
         return dict(os.environ)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -257,7 +258,9 @@ def _abandon(process: subprocess.Popen[bytes], path: Path) -> None:
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # a holder's daemon too
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)  # a holder's daemon too
+        process.kill()
         process.wait()
     mount = mountpoint.mount_at(path)
     if mount is not None and mount.ours and mountpoint.is_stale(path):
@@ -278,6 +281,8 @@ def serve_background(ready_fd: int | None, held: Held | None) -> None:
             os.set_inheritable(fd, False)
     os.chdir("/")  # keep no directory busy
     log_to(None, settings.log_level)  # standard error is the log file
+    if not mountpoint.is_awaited(settings.mountpoint):
+        _leave_group()
 
     def tell(answer: dict[str, Any]) -> None:
         if ready_fd is None:
@@ -285,14 +290,24 @@ def serve_background(ready_fd: int | None, held: Held | None) -> None:
         with suppress(OSError), os.fdopen(ready_fd, "w") as pipe:  # closed: told already, or nobody waits
             pipe.write(json.dumps(answer) + "\n")
 
+    def ready(summary: dict[str, Any]) -> None:
+        _leave_group()
+        tell({"ok": True, **summary})
+
     try:
-        _run_daemon(settings, lambda summary: tell({"ok": True, **summary}), held)
+        _run_daemon(settings, ready, held)
     except Exception as error:
         known = isinstance(error, ModelfsError)
         log.error("%s", error, exc_info=None if known else error)
         text = str(error) if known else f"unexpected {type(error).__name__}: see {settings.log_file}"
         tell({"error": text, "kind": type(error).__name__ if known else "ModelfsError"})
         raise SystemExit(1) from None
+
+
+def _leave_group() -> None:
+    """Leave the process group of an automount's manager, if it is that: for its own there is no automount."""
+    if os.getpgrp() not in (os.getpid(), os.getppid()):
+        os.setsid()
 
 
 def end(path: Path, *, lazy: bool) -> str:

@@ -119,6 +119,15 @@ def is_stale(path: Path, seconds: float = 10.0) -> bool:
     return False
 
 
+def is_awaited(path: Path) -> bool:
+    """Return whether an automount (autofs(5)) at `path` waits for a mount.
+
+    Until it has one, it lets only its manager's process group through; all others who look at `path` wait.
+    """
+    mount = mount_at(path)
+    return mount is not None and mount.fstype == "autofs"
+
+
 def check_answers(path: Path, seconds: float = 10.0) -> None:
     """Return if `path` is a mount of ours that answers.
 

@@ -191,6 +191,15 @@ def test_what_a_stopped_service_leaves_can_be_unmounted(place: Path, origin: Ori
         assert said == f"removed the mount that a daemon left behind on {mount.path}\n"
 
 
+def test_what_nobody_serves_for_now_can_be_unmounted(place: Path, origin: Origin) -> None:
+    with managed(place, origin) as (manager, mount):
+        for _ in range(2):  # after a hand-over the kernel knows no attributes of the root
+            service = manager.start()
+            service.terminate()
+            assert service.wait(30) == 0
+        assert mount.cli("umount", "--lazy", str(mount.path)).stdout == f"unmounted {mount.path}\n"
+
+
 def test_a_mount_in_the_background_is_none_of_the_managers_business(place: Path, origin: Origin) -> None:
     path = place / "models"
     path.mkdir()
