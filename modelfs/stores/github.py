@@ -262,7 +262,8 @@ class GitHubStore:
         except (TypeError, KeyError, AttributeError):
             raise self._foreign("an asset without id, name, size, state or date") from None
         numbers = type(number) is int and type(size) is int and 0 <= number < 10**18 and 0 <= size < 10**18
-        if not numbers or not isinstance(name, str) or not _UPDATED.fullmatch(str(updated)):
+        dated = isinstance(updated, str) and _UPDATED.fullmatch(updated)
+        if not numbers or not isinstance(name, str) or not dated:
             raise self._foreign("an asset with a malformed id, name, size or date")
         return Asset(number, name, size, updated, _digest(digest)), complete
 

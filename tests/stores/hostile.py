@@ -244,7 +244,7 @@ def _others() -> Iterator[Hostile]:
         "malformed id, name, size or date",
         id=(-1, True, "1", None, 10**18, 1.5),
         name=(7, None, ["x"]),
-        updated_at=("", "now", "2025\n", 7, None, "T" * 100),
+        updated_at=("", "now", "2025\n", 7, 20250701120000, None, "T" * 100),
     )
     github = BY_NAME["github"]
     for number in (None, -1, True, "7", 1.5, [], 1e300):
