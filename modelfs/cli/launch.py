@@ -336,10 +336,12 @@ def end(path: Path, *, lazy: bool) -> str:
         return f"unmounted {path}"
     if lazy:
         return f"detached {path}; its daemon (pid {record.pid}) ends when the last open file is closed"
-    raise MountError(
-        f"{path} is unmounted but its daemon (pid {record.pid}) did not end within {STOP_SECONDS:.0f} s: "
-        "see its log, then end it with kill"
-    )
+    why = f"{path} is unmounted but its daemon (pid {record.pid}) did not end within {STOP_SECONDS:.0f} s: "
+    elsewhere = mountpoint.mounted_for(mount.device) if mount else []
+    if elsewhere:
+        pids = ", ".join(map(str, elsewhere))
+        raise MountError(f"{why}it is still mounted for the containers of these processes: {pids}")
+    raise MountError(f"{why}see its log, then end it with kill")
 
 
 def upgrade(path: Path) -> str:

@@ -68,6 +68,19 @@ def mount_at(path: Path) -> Mount | None:
     return next((mount for mount in reversed(mounts()) if mount.path == path), None)
 
 
+def mounted_for(device: str) -> list[int]:
+    """Return a process of each mount namespace in which a mount of `device` is left, seen from here."""
+    found: dict[str, int] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            namespace = str((process / "ns" / "mnt").readlink())
+            if namespace not in found and any(m.device == device for m in mounts(process / "mountinfo")):
+                found[namespace] = int(process.name)
+        except OSError:
+            continue  # it ended, or is not ours to look into
+    return sorted(found.values())
+
+
 def canonical(path: Path) -> Path:
     """Return `path` absolute and without symbolic links, not touching what is mounted at it."""
     absolute = Path(os.path.abspath(path))  # noqa: PTH100  # resolve() would touch the mount

@@ -86,7 +86,9 @@ class Mounted:
 
     def samples(self, name: str, **labels: str) -> list[Sample]:
         """Return the samples of ``/metrics`` of this name with these labels, all of one moment."""
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(control.socket_path(self.path)))) as client:
+        with self._environment():
+            socket_path = str(control.socket_path(mountpoint.canonical(self.path)))
+        with httpx.Client(transport=httpx.HTTPTransport(uds=socket_path)) as client:
             text = client.get("http://modelfs/metrics").text
         return [
             sample

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from modelfs import control
 from modelfs.fuse import mountpoint
 from tests.mount.harness import Mounted, Reader, alone, eventually, mounted
 from tests.origin import Origin
@@ -375,7 +376,7 @@ def unseeing(place: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch) -> It
             stderr=log,
         )
         try:
-            eventually(lambda: mountpoint.mount_at(path) is not None and (path / "m").is_dir())
+            eventually(lambda: control.find(path) is not None and (path / "m").is_dir())
             yield Mounted(path, place / "cache", place / "log", alone(place))
         finally:
             mountpoint.detach(path, lazy=True)

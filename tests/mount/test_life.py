@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 import modelfs as package
+from modelfs.cli import launch
+from modelfs.errors import MountError
 from modelfs.fuse import mountpoint
 from modelfs.testing.hub import HubServer
 from modelfs.testing.s3 import S3Server
@@ -229,6 +231,20 @@ def test_a_second_unmount_says_that_nothing_is_mounted(mount: Mounted, place: Pa
     again = mount.cli("umount", str(mount.path), check=False)
     assert (again.returncode, again.stdout) == (4, "")
     assert again.stderr == f"modelfs: {mount.path} is not mounted: modelfs status lists what is\n"
+
+
+def test_an_unmount_says_for_whom_the_mount_is_still_there(
+    mount: Mounted, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "STOP_SECONDS", 0.0)
+    words = ["unshare", "--mount", "--propagation=private", sys.executable, "-c", "print(flush=True);input()"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as container:
+        assert container.stdout
+        container.stdout.readline()
+        with pytest.raises(MountError, match=rf"still mounted for the containers of .*\b{container.pid}\b"):
+            mount.umount()
+        container.communicate(b"\n")
+    eventually(lambda: left_behind(place) == [])
 
 
 def test_sigterm_unmounts_serves_who_reads_and_hangs_nobody(place: Path) -> None:
