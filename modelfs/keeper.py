@@ -219,7 +219,10 @@ def main() -> None:
     logging.basicConfig(format=line, level=logging.INFO)
     word, directory, *rest = sys.argv[1:]
     if word == "run":
-        run(Path(directory), rest)
+        try:
+            run(Path(directory), rest)
+        except MountError as error:
+            sys.exit(f"modelfs: {error}")
     privileges.limit(frozenset({privileges.Capability.SYS_ADMIN}))
     keep(Path(directory), mountpoint.canonical(Path(rest[0])))
 
