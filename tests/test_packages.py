@@ -28,6 +28,9 @@ HIGHER = "99.1"
 PARTS = {f"part-{number}.bin": bytes([number % 251]) * 40_000 for number in range(400)}
 FILES = {"config.json": b'{"model_type": "bert"}', "model.safetensors": bytes(range(256)) * 40_000}
 
+# The first time in a checkout the machine's root and the environment of the packages are made too.
+pytestmark = pytest.mark.timeout(900)
+
 as_root = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse"
 )
