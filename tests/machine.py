@@ -16,6 +16,7 @@ UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagati
 BOOT = """
 set -e
 cd "$1"
+umount --all --lazy --types fuse.modelfs
 mount -t proc proc proc
 mount --rbind -o ro /sys sys
 mount -t tmpfs tmpfs run
@@ -30,8 +31,10 @@ for node in null zero full random urandom tty fuse autofs; do
 done
 exec chroot . /lib/systemd/systemd --system --log-target=console --show-status=no --unit=basic.target
 """
-"""Nothing that starts may touch what all machines share: /sys is read-only, /dev has only what is needed."""
+"""Nothing that starts may touch what all machines share: /sys is read-only, /dev has only what is needed.
 
+Mounts of other tests are not kept: in a namespace that still has them they could not end.
+"""
 
 class Machine:
     """One that runs; `root` is its root directory, seen from outside and without what is mounted inside."""
