@@ -36,6 +36,7 @@ exec chroot . /lib/systemd/systemd --system --log-target=console --show-status=n
 Mounts of other tests are not kept: in a namespace that still has them they could not end.
 """
 
+
 class Machine:
     """One that runs; `root` is its root directory, seen from outside and without what is mounted inside."""
 
