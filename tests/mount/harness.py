@@ -28,6 +28,7 @@ from modelfs import control
 from modelfs.cli import launch
 from modelfs.errors import MountError
 from modelfs.fuse import mountpoint
+from tests.mount.forks import forks
 
 BAD_LOG = re.compile(r"\b(ERROR|CRITICAL)\b|Traceback")
 DEADLINE = 120
@@ -258,14 +259,7 @@ def modelfs(
     *words: str, env: Mapping[str, str] | None = None, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
-    result = subprocess.run(
-        [sys.executable, "-m", "modelfs", *words],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        env={**os.environ, **(env or {})},
-        check=False,
-    )
+    result = forks().run(words, {**os.environ, **(env or {})}, DEADLINE)
     if check:
         assert result.returncode == 0, f"modelfs {' '.join(words)}: {result.stderr or result.stdout}"
     return result

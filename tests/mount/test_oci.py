@@ -108,7 +108,10 @@ LAYERS: Mapping[str, tuple[tuple[str, Callable[[bytes], bytes]], ...]] = {
 """Media types of the layers of an image, and what makes each of a tar."""
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("transport", "kind"),  # what is in an image does not depend on the transport
+    [*(("kernel", kind) for kind in LAYERS), ("pyfuse3", "packed")],
+)
 def test_an_image_is_shown_as_its_file_system(place: Path, transport: str, kind: str) -> None:
     pushed = Repository("team/image")
     contents = [
