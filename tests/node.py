@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import re
+import select
 import shlex
 import signal
 import socket
@@ -163,8 +164,11 @@ class Pod:
             return
         while pids := self._pids():
             for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid), "rb") as ending:
                     os.kill(pid, signal.SIGKILL)
+                    select.select(
+                        [ending], [], [], 30
+                    )  # its sockets live a little longer than its namespaces
             self.process.poll()
         self.process.kill()
         self.process.wait()
