@@ -15,5 +15,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not (item.path.parent.name == "mount" or item.path.stem in LONG))
 
 
-LONG = {"test_demo", "test_systemd"}
+LONG = {"test_demo", "test_packages", "test_systemd"}
 """What takes longest outside of ``tests/mount``."""
