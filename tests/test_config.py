@@ -246,6 +246,17 @@ def test_settings_that_an_older_modelfs_wrote_are_completed() -> None:
     assert settings.models[0].face == Face()
 
 
+@pytest.mark.parametrize("section", [(), ("cache",), ("models", 0), ("models", 0, "face"), ("archives",)])
+def test_settings_of_a_newer_version_are_refused(section: tuple[str | int, ...]) -> None:
+    written = loaded(MODEL).to_json()
+    place: Any = written
+    for name in section:
+        place = place[name]
+    place["invented later"] = True
+    with pytest.raises(ConfigError, match=r"another version of modelfs made this mount.*mount it again"):
+        Settings.from_json(json.loads(json.dumps(written)))
+
+
 def test_the_face_of_a_model() -> None:
     text = "source: 'fake://m', include: ['*.json', '*.safetensors'], exclude: onnx/, formats: production"
     settings = loaded(f"models: {{m: {{{text}, latest: v1}}, n: fake://n}}\n")

@@ -207,15 +207,26 @@ class Settings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        """Return the settings that `to_json` wrote; what an older modelfs did not write is as by default."""
+        """Return the settings that `to_json` wrote; what an older modelfs did not write is as by default.
+
+        Raises:
+            ConfigError: a newer one wrote what is not known here.
+
+        """
         defaults = {key.name: key.default for key in KEYS if "." not in key.name}
         data = {**defaults, "lock": LOCK, **data}
-        cache = CacheSettings(**{**data["cache"], "directory": Path(data["cache"]["directory"])})
-        models = tuple(map(ModelSettings.from_json, data["models"]))
-        data["archives"] = Limits(**data.get("archives", {}))
-        paths = {name: None if data[name] is None else Path(data[name]) for name in _PATHS}
-        given = {"cache": cache, "models": models, "namespaces": tuple(data["namespaces"])}
-        return cls(**{**data, **given, **paths})
+        try:
+            cache = CacheSettings(**{**data["cache"], "directory": Path(data["cache"]["directory"])})
+            models = tuple(map(ModelSettings.from_json, data["models"]))
+            data["archives"] = Limits(**data.get("archives", {}))
+            paths = {name: None if data[name] is None else Path(data[name]) for name in _PATHS}
+            given = {"cache": cache, "models": models, "namespaces": tuple(data["namespaces"])}
+            return cls(**{**data, **given, **paths})
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"another version of modelfs made this mount, with settings that are not known here ({error}): "
+                "unmount it and mount it again"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
