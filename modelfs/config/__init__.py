@@ -224,7 +224,7 @@ class Settings:
             return cls(**{**data, **given, **paths})
         except (KeyError, TypeError) as error:
             raise ConfigError(
-                f"another version of modelfs made this mount, with settings that are not known here ({error}): "
+                f"another version of modelfs made this mount, with settings not known here ({error}): "
                 "unmount it and mount it again"
             ) from error
 
