@@ -40,8 +40,16 @@ class Forks:
             out, err = Path(name) / "out", Path(name) / "err"
             asked = {"words": list(words), "env": dict(env), "out": str(out), "err": str(err)}
             print(json.dumps(asked), file=self._process.stdin, flush=True)
-            if not select.select([self._process.stdout], [], [], seconds)[0]:
-                self._process.kill()
+            answered: list[Any] = []
+            try:
+                answered = select.select([self._process.stdout], [], [], seconds)[0]
+            finally:
+                if (
+                    not answered
+                ):  # an answer that comes later is not for the next one
+                    self._process.kill()
+                    forks.cache_clear()
+            if not answered:
                 raise subprocess.TimeoutExpired(["modelfs", *words], seconds)
             code = int(self._process.stdout.readline())
             return subprocess.CompletedProcess(["modelfs", *words], code, out.read_text(), err.read_text())

@@ -220,7 +220,7 @@ def test_kills_under_load_fail_no_read(mount: Mounted, origin: Origin) -> None:
             kill(mount, wait=False)
     assert len(results) == 4
     assert all(results), results
-    while not _answers(mount, 4):
+    while not _answers(mount, 3):
         """The last successor is on its way."""
 
 

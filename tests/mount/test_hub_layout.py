@@ -86,7 +86,12 @@ def by_name(mount: Mounted, home: Path, **more: str) -> Mapping[str, str]:
     }
 
 
-@pytest.mark.parametrize("user", [None, "nobody"], ids=["root", "nobody"])
+@pytest.mark.parametrize(
+    ("transport", "user"),
+    [("kernel", None), ("kernel", "nobody"), ("pyfuse3", "nobody")],
+    ids=["kernel-root", "kernel-nobody", "pyfuse3-nobody"],
+    indirect=["transport"],
+)
 def test_unmodified_libraries_load_by_name(
     mount: Mounted, minilm: Path, transport: str, user: str | None
 ) -> None:
