@@ -44,9 +44,8 @@ class Forks:
             try:
                 answered = select.select([self._process.stdout], [], [], seconds)[0]
             finally:
-                if (
-                    not answered
-                ):  # an answer that comes later is not for the next one
+                # An answer that comes later is not for the next command.
+                if not answered:
                     self._process.kill()
                     forks.cache_clear()
             if not answered:
