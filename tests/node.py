@@ -14,7 +14,6 @@ import re
 import select
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ import httpx
 
 from modelfs.fuse import mountpoint
 from tests.dockerfile import Image
-from tests.mount.harness import Reader, eventually, interpreter
+from tests.mount.harness import Reader, eventually, interpreter, unused_port
 
 REPOSITORY = Path(__file__).parents[1]
 MACHINE = Image(
@@ -281,14 +280,6 @@ class Pod:
         assert source.exists() or volume.get("hostPath", {}).get("type") != "Directory", f"no {source}"
         source.mkdir(parents=True, exist_ok=True)
         return source
-
-
-def unused_port() -> int:
-    """Return a port of the loopback address that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from typing import Any
 import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.mount.harness import unused_port
 
 MONITORING = Path(__file__).parents[1] / "packaging" / "monitoring"
 ALERTS = MONITORING / "alerts.yaml"
@@ -121,7 +122,7 @@ def prometheus(directory: Path, config: Mapping[str, Any]) -> Iterator[httpx.Cli
     file = directory / "prometheus.yaml"
     file.write_text(yaml.safe_dump(dict(config)))
     subprocess.run(["promtool", "check", "config", str(file)], check=True, capture_output=True)
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{unused_port()}"
     command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={directory / 'tsdb'}"]
     with (directory / "prometheus.log").open("w") as log:
         process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log)
@@ -131,10 +132,3 @@ def prometheus(directory: Path, config: Mapping[str, Any]) -> Iterator[httpx.Cli
     finally:
         process.terminate()
         process.wait(30)
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port

@@ -80,10 +80,7 @@ def verify(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="By default everything that is cached.")
     ] = None,
-    place: Annotated[
-        Path | None,
-        typer.Option("--mountpoint", metavar="DIR", help="Needed if you have several mounts.", parser=Path),
-    ] = None,
+    place: Place = None,
     cache_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A cache directory that no mount uses.")
     ] = None,

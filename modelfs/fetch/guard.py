@@ -69,7 +69,7 @@ async def in_thread(work: Callable[[], None], abort: Callable[[], bool]) -> None
     try:
         await trio.lowlevel.wait_task_rescheduled(on_cancel)
     except Exception:
-        if cancel is not None:
+        if cancel is not None:  # whatever ended it, it was told to end: that is the cancellation
             cancel()
         raise
 

@@ -8,10 +8,10 @@ import zipfile
 from collections.abc import Mapping
 
 
-def tarred(members: Mapping[str, bytes], mode: str = "w") -> bytes:
-    """Return a tar archive of `members`: path → content."""
+def tarred(members: Mapping[str, bytes], mode: str = "w", form: int = tarfile.DEFAULT_FORMAT) -> bytes:
+    """Return a tar archive of `members`, path → content; `form` is one of the formats of `tarfile`."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=buffer, mode=mode, format=form) as archive:  # type: ignore[call-overload]
         for path, content in members.items():
             info = tarfile.TarInfo(path)
             info.size, info.mtime = len(content), 1_700_000_000

@@ -6,8 +6,6 @@ import gzip
 import io
 import os
 import random
-import tarfile
-import zipfile
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +19,7 @@ from modelfs.archives.streams import Checkpoint, Stream
 from modelfs.archives.zstd import Zstd
 from modelfs.errors import BadArchive
 from tests.archives.hostile import CORPUS
+from tests.archives.packing import tarred, zipped
 
 TEXT = b"".join(b"token %d\n" % (n * 7919 % 10007) for n in range(200_000))
 NOISE = random.Random(5).randbytes(1024**2)
@@ -120,20 +119,12 @@ NAMES = st.text(st.sampled_from("abc/. é"), min_size=1, max_size=30)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.dictionaries(NAMES, st.binary(max_size=2000), max_size=8), st.sampled_from([*range(3)]))
 def test_what_is_shown_of_an_archive_is_what_was_packed(files: dict[str, bytes], form: int) -> None:
-    tarred = io.BytesIO()
-    with tarfile.open(fileobj=tarred, mode="w", format=form) as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    for member in parsed("tar", tarred.getvalue()).members.values():
+    packed = tarred(files, form=form)
+    for member in parsed("tar", packed).members.values():
         if member.kind == "file":
-            content = tarred.getvalue()[member.offset : member.offset + member.size]
+            content = packed[member.offset : member.offset + member.size]
             assert content in files.values()
-    zipped = io.BytesIO()
-    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name, content in files.items():
-            packed.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-    for member in parsed("zip", zipped.getvalue()).members.values():
+    packed = zipped(files)
+    for member in parsed("zip", packed).members.values():
         if member.kind == "file":
-            assert whole(zips.content(zipped, member, 0)) in files.values()
+            assert whole(zips.content(io.BytesIO(packed), member, 0)) in files.values()

@@ -231,6 +231,14 @@ def file_system(place: Path, *words: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
+def unused_port() -> int:
+    """Return a port of the loopback address that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
 @contextmanager
 def raw_server(answer: Callable[[bytes], bytes]) -> Iterator[str]:
     """Serve what need not be HTTP: each connection gets the answer to what it sends first; yields the URL."""

@@ -19,7 +19,16 @@ from modelfs.testing.faults import Asked, Fault, FaultProxy
 from tests import prometheus
 from tests.cache import damage
 from tests.faults.rig import noise
-from tests.mount.harness import Mounted, alone, eventually, file_system, left_behind, mounted, open_directory
+from tests.mount.harness import (
+    Mounted,
+    alone,
+    eventually,
+    file_system,
+    left_behind,
+    mounted,
+    open_directory,
+    unused_port,
+)
 from tests.origin import MANIFEST, Origin
 from tests.prometheus import Scrape, fired, scrape, value
 
@@ -72,7 +81,7 @@ def watched(
     place: Path, settings: str = "", models: str = "", cache: Path | None = None
 ) -> Iterator[Watched]:
     with Origin(FILES) as origin, FaultProxy(origin.url.rstrip("/")) as proxy:
-        port = prometheus.free_port()  # its successors listen there as well
+        port = unused_port()  # its successors listen there as well
         config = f"http: 127.0.0.1:{port}\nrefresh: 0\n{settings}\nmodels:\n  m: {proxy.url}/\n{models}"
         with mounted(place, config=config, env=alone(place), transport="kernel", cache=cache) as mount:
             own = Watched(mount, origin, proxy, f"http://127.0.0.1:{port}")

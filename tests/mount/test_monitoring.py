@@ -17,7 +17,7 @@ import yaml
 from modelfs.testing.faults import Fault, FaultProxy
 from tests import prometheus
 from tests.faults.rig import noise
-from tests.mount.harness import alone, eventually, mounted
+from tests.mount.harness import alone, eventually, mounted, unused_port
 from tests.origin import MANIFEST, Origin
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
@@ -53,7 +53,7 @@ def test_prometheus_gets_every_series_of_the_dashboard(place: Path, origin: Orig
     (text,) = re.findall(r"^```yaml\n(scrape_configs:.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     config = yaml.safe_load(text)
     shutil.copy(prometheus.ALERTS, place / config["rule_files"][0])
-    port = prometheus.free_port()
+    port = unused_port()
     (job,) = config["scrape_configs"]
     assert job["static_configs"] == [{"targets": ["127.0.0.1:9180"]}]
     job["static_configs"][0]["targets"] = [f"127.0.0.1:{port}"]
