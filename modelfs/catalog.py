@@ -351,9 +351,7 @@ class Catalog:
                 )
                 for path, reason in model.snapshot.rejected if model.snapshot else ():
                     log.warning("%s: %r is not shown: %s", model.name, path, reason)
-                self._show(model, await self._differing(model))
-                if model.stays:
-                    await self._pin()
+                await self._show_anew(model)
 
     async def _present(self, model: Model, snapshot: Snapshot) -> Snapshot:
         """Have `snapshot` shown the next time, and return it, with what is known of its archives."""
@@ -367,9 +365,13 @@ class Catalog:
             async with model.lock:
                 if model.listed is not None:
                     await self._present(model, model.listed)
-                    self._show(model, await self._differing(model))
-                    if model.stays:
-                        await self._pin()
+                    await self._show_anew(model)
+
+    async def _show_anew(self, model: Model) -> None:
+        """Show what is another in the model than before, and keep what it has now if it is pinned."""
+        self._show(model, await self._differing(model))
+        if model.stays:
+            await self._pin()
 
     async def pin(self, name: str) -> Model:
         """Keep what is cached of the model `name` from eviction, now and after every restart; return it.
