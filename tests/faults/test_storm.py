@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modelfs.testing.faults import FAULTS
 from tests.faults.rig import WRONG
-from tests.faults.storm import DEADLINE, FILES, raging
+from tests.faults.storm import FILES, raging
 
 CLEAN = {"right", "AccessDenied", "BadAnswer", "Corrupt", "Stale", "Unavailable"}
 
@@ -17,4 +17,3 @@ def test_in_a_storm_readers_get_the_right_bytes_or_one_clean_error(tmp_path: Pat
     assert set(report.outcomes) <= CLEAN, report
     assert report.outcomes["right"] > len(FILES), report
     assert report.injected.keys() == FAULTS.keys(), report
-    assert report.seconds < 60 + 2 * DEADLINE

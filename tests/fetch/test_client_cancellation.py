@@ -9,7 +9,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,14 @@ from tests.fetch.scripted import (
     then,
 )
 
-pytestmark = pytest.mark.usefixtures("speaker")
+pytestmark = [pytest.mark.usefixtures("speaker"), pytest.mark.timeout(60)]
+
+NEVER = 3600.0
+"""Seconds: no time limit of the client ends a fetch before its test is given up."""
 
 
 def cancelled(url: str, when: Callable[[], object], basket: Basket, **options: Any) -> None:
-    """Cancel a fetch as soon as `when`, called in a thread, returns; it must return without delay."""
+    """Cancel a fetch as soon as `when`, called in a thread, returns; it must return, though nothing comes."""
 
     async def use(client: RangeClient) -> None:
         with trio.CancelScope() as scope:
@@ -39,10 +41,8 @@ def cancelled(url: str, when: Callable[[], object], basket: Basket, **options: A
                 nursery.start_soon(client.fetch, Location(url), SPAN, SIZE, basket)
                 await trio.to_thread.run_sync(when)
                 await trio.testing.wait_all_tasks_blocked()
-                started = time.monotonic()
                 scope.cancel()
         assert scope.cancelled_caught
-        assert time.monotonic() - started < 1
         written = len(basket.data)
         again = Basket()
         with Server(GOOD) as healthy:
@@ -50,7 +50,7 @@ def cancelled(url: str, when: Callable[[], object], basket: Basket, **options: A
         assert again.data == CONTENT[SPAN.start : SPAN.stop]
         assert len(basket.data) == written
 
-    run(use, **options)
+    run(use, connect_timeout=NEVER, stall_timeout=NEVER, **options)
 
 
 def test_cancelling_a_request_whose_answer_does_not_come_returns_at_once() -> None:
@@ -128,7 +128,7 @@ def test_cancelling_while_a_name_is_looked_up_returns_at_once(tmp_path: Path) ->
     source.write_text(
         "#include <netdb.h>\n#include <unistd.h>\n"
         "int getaddrinfo(const char *n, const char *s, const struct addrinfo *h, struct addrinfo **r)"
-        '{ write(1, "looking up\\n", 11); sleep(60); return EAI_NONAME; }\n'
+        '{ write(1, "looking up\\n", 11); sleep(30); write(1, "looked up\\n", 10); return EAI_NONAME; }\n'
     )
     library = tmp_path / "slow.so"
     subprocess.run(["gcc", "-w", "-shared", "-fPIC", "-o", library, source], check=True)
@@ -146,7 +146,6 @@ def test_cancelling_while_a_name_is_looked_up_returns_at_once(tmp_path: Path) ->
         "trio.run(main)\n"
         "print('done', flush=True)\n"
     )
-    started = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-c", script],
         env={**os.environ, "LD_PRELOAD": str(library)},
@@ -155,10 +154,13 @@ def test_cancelling_while_a_name_is_looked_up_returns_at_once(tmp_path: Path) ->
     ) as process:
         assert process.stdout is not None
         try:
-            lines = iter(process.stdout.readline, "")
-            assert "looking up\n" in lines
-            assert "done\n" in lines
-            assert time.monotonic() - started < 15
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if line == "done\n":
+                    break
+            assert lines[-1] == "done\n"
+            assert set(lines[:-1]) == {"looking up\n"}  # each try begins one; none has come to its end
         finally:
             process.kill()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -40,7 +39,6 @@ def test_what_is_not_hostile_is_shown(dialect: Dialect, lists: Lists) -> None:
 
 @pytest.mark.parametrize("hostile", CORPUS, ids=[f"{n}-{one.dialect}" for n, one in enumerate(CORPUS)])
 def test_a_hostile_answer_is_refused_for_its_reason(hostile: Hostile, lists: Lists) -> None:
-    began = time.monotonic()
     try:
         shown = lists(hostile.dialect, hostile.documents)
         reasons = [reason for _, reason in shown.rejected]
@@ -53,4 +51,3 @@ def test_a_hostile_answer_is_refused_for_its_reason(hostile: Hostile, lists: Lis
     else:
         assert not CONTROL.search(reasons[0])
         assert len(reasons[0]) < 1000
-    assert time.monotonic() - began < 20
