@@ -1,15 +1,13 @@
-"""The models of a mount: resolved, kept on disk for a start without network, refreshed, found on demand."""
+"""The models of a mount: resolved, shown, refreshed, found on demand."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from weakref import WeakValueDictionary
 
 import trio
@@ -26,14 +24,15 @@ from modelfs.fetch.scrub import Subject
 from modelfs.fetch.source import Source, chained, retrying
 from modelfs.fetch.unpack import Archive
 from modelfs.files import Files
-from modelfs.layouts import Holder, arrange, artifact, artifacts, repository
+from modelfs.layouts import Holder, arrange, artifacts, repository
 from modelfs.listing import Line
 from modelfs.lockfile import Lock
 from modelfs.lookups import Lookups
 from modelfs.metrics import Metrics
 from modelfs.model import Model
 from modelfs.namespaces import NAMESPACES, Names, Repositories, path_in, permits
-from modelfs.snapshots import Snapshots
+from modelfs.pins import Pins
+from modelfs.records import Records
 from modelfs.stores import Options, Store, identity_of, open_store
 from modelfs.tree import (
     METADATA,
@@ -73,12 +72,6 @@ RETRY_SECONDS = 15.0
 
 PARALLEL = 8
 """Most models resolved at the same time."""
-
-FOUND = "found on demand"
-"""Name under which the models that were found on demand are kept on disk: path → URL."""
-
-PINNED = "pinned by command"
-"""Name under which those are kept that were pinned by command: name → URL if found on demand, else empty."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +113,17 @@ class Catalog:
         self.tree = tree
         self.models: dict[str, Model] = {}
         self.files = Files(cache, fetcher)
-        self._cache = cache
-        self._snapshots = Snapshots(cache)
         self._fetcher = fetcher
         self._metrics = metrics
         self._options_for = options_for
         self._changed = changed
         self._faces = Faces(cache, fetcher, lock)
+        self._records = Records(cache, self._faces)
+        self._pins = Pins(cache, self.models)
         self._pickles = pickles
         self._namespaces: list[str] = []
         self._archives = Archives(fetcher, cache, limits or Limits(), self._unpacked)
         self._lookups = Lookups()
-        self._pinned: dict[str, str] = {}
         self._slots = trio.CapacityLimiter(PARALLEL)
         self._hub = Folder(inode(PLACE, "", "path"), listed=False)
         tree.put((PLACE,), self._hub)
@@ -176,7 +168,7 @@ class Catalog:
             return await self._faces.shown(name, source, face, listed)
 
         source = chained([Source(store, self._metrics, self._breaker(store), show) for store in stores])
-        model = Model(name, source, optional, pinned, name in self._pinned, face=face)
+        model = Model(name, source, optional, pinned, name in self._pins.names, face=face)
         model.pickles = pickles or self._pickles
         own = name if name.partition("/")[0] not in NAMESPACES else ""
         if own or "@" not in name:  # who names no revision shall not get one that somebody else looked up
@@ -217,9 +209,10 @@ class Catalog:
         """
         nursery.start_soon(self.files.run)
         patience = 0.0 if at_once else CONFIRM_SECONDS
-        self._keep(await self._noted(PINNED))
-        await self._find_again({**self._pinned, **(await self._noted(FOUND) if at_once else {})})
-        await self._remember_found()
+        await self._pins.load()
+        found = await self._records.found() if at_once else {}
+        await self._find_again({**self._pins.names, **found})
+        await self._records.note_found(self.models)
         async with trio.open_nursery() as starting:
             for model in list(self.models.values()):
                 seconds = PATIENCE if model.optional or keep_going else RESOLVE_SECONDS
@@ -230,7 +223,7 @@ class Catalog:
                     f"model {model.name}: {model.why} (optional: true or --keep-going mounts without it)"
                 )
         self._publish([])
-        await self._pin()
+        await self._pins.hold()
         if at_once:
             await self._expect()
 
@@ -280,7 +273,7 @@ class Catalog:
             model.state = "unavailable"
 
     async def _begin(self, nursery: trio.Nursery, model: Model, patience: float, seconds: float) -> None:
-        saved = await self._load(model)
+        saved = await self._records.load(model)
         settled = trio.Event()
 
         async def resolve() -> None:
@@ -299,27 +292,15 @@ class Catalog:
             with trio.move_on_after(patience):
                 await settled.wait()
         if model.snapshot is None and saved is not None:
-            model.resolved_at = saved[1]
-            shown = await self._present(model, saved[0])
-            model.offline, model.state = True, "ready"
-            await self._load_more(model, shown)
+            await self._present_saved(model, *saved)
             if patience:
                 why = model.why or "its store has yet to answer"
                 level = logging.WARNING if model.why else logging.INFO
                 log.log(level, "%s: using the snapshot on disk, %s", model.name, why)
             self._show(model)
         if not patience:
-            self._changed(await self._untold(model))
+            self._changed(await self._records.untold(model))
             nursery.start_soon(resolve)
-
-    async def _untold(self, model: Model) -> list[Change]:
-        """Return what is new in the snapshot on disk: who saved it may have died before the kernel knew."""
-        past = await trio.to_thread.run_sync(self._snapshots.past, model.source.identity)
-        if past is None or model.snapshot is None:
-            return []
-        with contextlib.suppress(StoreError):  # then it is all names that were not shown as well
-            past = await self._faces.shown(model.name, model.source, model.face, past, offline=True)
-        return await trio.to_thread.run_sync(difference, model.name, past.listing, model.snapshot.listing)
 
     async def _resolve(self, model: Model, *, seconds: float) -> None:
         """Ask the store for a snapshot, and show it if it is new; retry failures for `seconds`."""
@@ -341,7 +322,8 @@ class Catalog:
             if shown is None or shown.revision != snapshot.revision or shown.entries != snapshot.entries:
                 model.before = model.snapshot if model.repositories else None
                 await self._present(model, snapshot)
-                await self._save(model, listed)  # first: a successor must know what the kernel has seen
+                # First: a successor must know what the kernel has seen.
+                await self._records.save(model, listed)
                 log.info(
                     "%s: %s at %s, %d entries",
                     model.name,
@@ -359,6 +341,13 @@ class Catalog:
         model.listed, model.snapshot, model.archives = snapshot, shown, archives
         return shown
 
+    async def _present_saved(self, model: Model, snapshot: Snapshot, resolved_at: float) -> None:
+        """Have a snapshot from disk shown, until the store answers."""
+        model.resolved_at = resolved_at
+        shown = await self._present(model, snapshot)
+        model.offline, model.state = True, "ready"
+        await self._records.load_more(model, shown)
+
     async def _unpacked(self, source: Source) -> None:
         """Show what was found in an archive of `source`."""
         for model in [model for model in self.models.values() if model.source is source]:
@@ -371,7 +360,7 @@ class Catalog:
         """Show what is another in the model than before, and keep what it has now if it is pinned."""
         self._show(model, await self._differing(model))
         if model.stays:
-            await self._pin()
+            await self._pins.hold()
 
     async def pin(self, name: str) -> Model:
         """Keep what is cached of the model `name` from eviction, now and after every restart; return it.
@@ -382,7 +371,7 @@ class Catalog:
 
         """
         model = await self.look_up(name)
-        await self._set_pinned({**self._pinned, name: model.source.url if model.on_demand else ""})
+        await self._pins.add(model)
         return model
 
     async def unpin(self, name: str) -> None:
@@ -393,41 +382,13 @@ class Catalog:
             ConfigError: the configuration says that it is pinned.
 
         """
-        if name not in self._pinned:
+        if name not in self._pins.names:
             self.named(name)
         if name in self.models and self.models[name].pinned:
             raise ConfigError(
                 f"model {name} is pinned by the configuration: remove pin there and mount again"
             )
-        await self._set_pinned({kept: url for kept, url in self._pinned.items() if kept != name})
-
-    def _keep(self, pinned: dict[str, str]) -> None:
-        self._pinned = pinned
-        for model in self.models.values():
-            model.kept = model.name in pinned
-
-    async def _set_pinned(self, pinned: dict[str, str]) -> None:
-        self._keep(pinned)
-        await trio.to_thread.run_sync(self._cache.set_meta, PINNED, pinned)
-        await self._pin()
-
-    async def _pin(self) -> None:
-        """Keep what is cached of the pinned models, at the snapshots that are shown now, from eviction."""
-        shown = [
-            (model.source, model.snapshot)
-            for model in self.models.values()
-            if model.stays and model.snapshot is not None
-        ]
-
-        def pin() -> None:
-            self._cache.pin(
-                source.key(entry)
-                for source, snapshot in shown
-                for entry in snapshot.entries.values()
-                if entry.kind == "file"
-            )
-
-        await trio.to_thread.run_sync(pin)
+        await self._pins.remove(name)
 
     async def _differing(self, model: Model) -> list[Change] | None:
         """Return what is another in the model's snapshot than in what is shown; None if nothing is shown."""
@@ -494,44 +455,6 @@ class Catalog:
         text = Text(inode("", METADATA, content.decode()), latest, content)
         self._changed(changes + self.tree.put((METADATA,), text))
 
-    # -- snapshots on disk -----------------------------------------------------------------------------
-
-    async def _load(self, model: Model) -> tuple[Snapshot, float] | None:
-        """Return the snapshot that was shown last, and when it was resolved; `source` is its store then."""
-        latest: tuple[Snapshot, float] | None = None
-        for source in model.source.chain:
-            saved = await trio.to_thread.run_sync(self._snapshots.load, source.identity)
-            if saved is None:
-                continue
-            listed, resolved_at = saved
-            shown = await self._shown_of_disk(model, source, listed)
-            if shown is not None:
-                source.snapshot = shown
-                if latest is None or resolved_at > latest[1]:
-                    latest, model.source = (shown, resolved_at), source
-        return latest
-
-    async def _load_more(self, model: Model, snapshot: Snapshot) -> None:
-        """Know of a model with a `snapshot` from disk what other layouts show of it."""
-        model.is_for_ollama = await self._faces.is_for_ollama(model.source, snapshot, offline=True)
-        if model.repositories:
-            past = await trio.to_thread.run_sync(self._snapshots.past, model.source.identity)
-            model.before = await self._shown_of_disk(model, model.source, past) if past else None
-
-    async def _shown_of_disk(self, model: Model, source: Source, snapshot: Snapshot) -> Snapshot | None:
-        try:
-            return await self._faces.shown(model.name, source, model.face, snapshot, offline=True)
-        except StoreError as error:
-            log.warning("%s: the snapshot on disk cannot be used: %s", model.name, error)
-            return None
-
-    async def _save(self, model: Model, listed: Snapshot | None) -> None:
-        """Keep what the store listed, not what is shown of it: models that differ in that may share it."""
-        if listed is not None:
-            await trio.to_thread.run_sync(
-                self._snapshots.save, model.source.identity, listed, model.resolved_at or 0.0
-            )
-
     async def recall(self, inos: set[int]) -> None:
         """Let the tree know nodes again that left it before this process began, as far as they are on disk.
 
@@ -540,30 +463,8 @@ class Catalog:
         for model in self.models.values():
             missing = {ino for ino in inos if self.tree.node(ino) is None}
             if missing:
-                for node in await trio.to_thread.run_sync(self._past, model, missing):
+                for node in await self._records.past(model, missing):
                     self.tree.remember(node)
-
-    def _past(self, model: Model, inos: set[int]) -> list[Node]:
-        """Return those files of the snapshot before the present one that have these numbers."""
-        found: list[Node] = []
-        for source in model.source.chain:
-            shown = source.snapshot if source is not model.source else None
-            for snapshot in filter(None, (self._snapshots.past(source.identity), shown)):
-                entries = (entry for entry in snapshot.entries.values() if entry.kind != "directory")
-                plain = (leaf(model.name, entry, model) for entry in entries)
-                packed = (node for _, node in artifact(model, source.url, snapshot))
-                found += (node for node in chain(plain, packed) if node.ino in inos)
-        return found
-
-    async def _remember_found(self) -> None:
-        """Note what was found on demand, for a successor."""
-        found = {path: model.source.url for path, model in self.models.items() if model.on_demand}
-        await trio.to_thread.run_sync(self._cache.set_meta, FOUND, found)
-
-    async def _noted(self, name: str) -> dict[str, str]:
-        """Return the mapping that is kept on disk under `name`."""
-        found = await trio.to_thread.run_sync(self._cache.get_meta, name)
-        return found if isinstance(found, dict) else {}
 
     async def _find_again(self, found: Mapping[str, str]) -> None:
         """Add models that were found on demand before this process began: path → URL."""
@@ -646,16 +547,14 @@ class Catalog:
             del self.models[path]
             raise
         except StoreError as error:
-            saved = await self._load(model)
+            saved = await self._records.load(model)
             if saved is None:
                 del self.models[path]
                 raise
-            model.resolved_at = saved[1]
-            shown = await self._present(model, saved[0])
-            model.offline, model.state, model.why = True, "ready", str(error)
-            await self._load_more(model, shown)
+            model.why = str(error)
+            await self._present_saved(model, *saved)
             self._show(model)
-        await self._remember_found()
+        await self._records.note_found(self.models)
         return parent.children.get(name)
 
     async def _find_entry(self, parent: Folder, name: str, model: Model) -> Node:
