@@ -12,13 +12,10 @@ import typer
 from modelfs import control
 from modelfs.cli import show
 from modelfs.config import parse_duration
-from modelfs.errors import ConfigError, MountError
+from modelfs.errors import ConfigError, MountError, StoreError
 from modelfs.fuse import mountpoint
 
 app = typer.Typer(rich_markup_mode=None)
-
-FAILED = 6
-"""Exit code if some files could not be fetched: that of a StoreError."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[
@@ -137,7 +134,8 @@ def prefetch(
     else:
         show.prefetched(show.console(), model, answer, done=wait)
     if answer["failed"]:
-        raise SystemExit(FAILED)
+        count = f"{len(answer['failed'])} of {answer['files']} files"
+        raise StoreError(f"{model}: {count} could not be fetched: run it again; what is there stays")
 
 
 @app.command(

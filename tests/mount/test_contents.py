@@ -142,6 +142,8 @@ def test_files_that_cannot_be_had_are_named(place: Path, origin: Origin) -> None
         first, second = result.stdout.splitlines()
         assert first == "prefetched m: 2 files, 16.0 MiB, 0 B of it fetched now"
         assert second.startswith("m/w.bin: ")
+        refused = "modelfs: m: 1 of 2 files could not be fetched: run it again; what is there stays\n"
+        assert result.stderr == refused
 
 
 # -- evict and gc
