@@ -1,8 +1,9 @@
 """The holder: a small process that keeps a mount alive while the daemons that serve it come and go.
 
-It keeps ``/dev/fuse`` and the ledger open, runs the daemon as its child and, when that dies, starts the next
+It keeps ``/dev/fuse`` and the ledger open, has the daemon as its child and, when that dies, starts the next
 one with the same two descriptors. Readers wait meanwhile; those the kernel serves by itself notice nothing.
-It imports little and does little, so that it neither dies nor needs an upgrade itself.
+It imports little and does little, so that it neither dies nor needs an upgrade itself. The first daemon is
+older than it: ``modelfs mount``, which has imported most of what a daemon needs, forks that one too.
 
 Where a service manager keeps descriptors over a restart of its service (systemd: ``FileDescriptorStoreMax=``;
 in a container `modelfs.keeper`) the two are left with it. SIGTERM then ends the processes and leaves the
@@ -21,12 +22,11 @@ import logging
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from modelfs import __version__, privileges, service
 from modelfs.control.notice import Notice, posted
@@ -59,49 +59,43 @@ class Holder:
 
     Args:
         mountpoint: where it is, for the unmount when no daemon can do it.
-        settings: what each daemon reads from its standard input; may hold secrets, so no command line has it.
+        settings: a file with what each daemon reads from its standard input; may hold secrets, so no command
+            line has it.
         command: starts a daemon; the descriptors are appended as options.
+        held: what there is to keep.
+        daemon: the process id of a child that serves it already; None starts one.
         managed: whether it is the main process of a service, whose manager is told how it is.
-        held: what an earlier holder left with the manager; None begins a new mount.
 
     """
 
     def __init__(
         self,
         mountpoint: Path,
-        settings: bytes,
+        settings: int,
         command: Sequence[str],
+        held: Held,
         *,
-        managed: bool,
-        held: Held | None = None,
+        daemon: int | None = None,
+        managed: bool = False,
     ) -> None:
         self._mountpoint = mountpoint
         self._settings = settings
         self._command = command
         self._managed = managed and service.is_there()
         self._kept = managed and service.keeps_descriptors()
-        if held is None:
-            device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-            held = Held(device, Ledger.create().fd)
         self._device, self._ledger = held.device, held.ledger
-        self._daemon: subprocess.Popen[bytes] | None = None
+        self._daemon = daemon
         self._stopping = False
         self._wake, self._woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def run(self, ready: int | None = None) -> int:
-        """Run daemons until the tree is unmounted; return the exit code.
-
-        Args:
-            ready: a descriptor that the first daemon gets as ``--ready-fd``; closed here.
-
-        """
+    def run(self) -> int:
+        """Run daemons until the tree is unmounted; return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         quick = 0
         while True:
             started, served = time.monotonic(), self._incarnation()
-            code = self._serve(ready)
-            ready = None
+            code = self._serve()
             if code == 0 or not self._is_mounted():
                 return code
             if self._stopping:
@@ -131,34 +125,34 @@ class Holder:
                     self._refuse(REST_SECONDS, notice)
                 quick = 0
 
-    def _serve(self, ready: int | None) -> int:
-        """Run one daemon; return its exit code, negative for a signal."""
+    def _serve(self) -> int:
+        """Let one daemon serve; return its exit code, negative for a signal."""
+        daemon = self._daemon = self._daemon or self._start()
+        if self._stopping:
+            os.kill(daemon, signal.SIGTERM)
+        if self._kept and service.may_be_replaced():
+            self._keep_again(daemon)
+        os.waitid(os.P_PID, daemon, os.WEXITED | os.WNOWAIT)
+        self._daemon = None  # while its id cannot be another's yet
+        return os.waitstatus_to_exitcode(os.waitpid(daemon, 0)[1])
+
+    def _start(self) -> int:
+        """Start a daemon; return its process id."""
         words = [*self._command, "--device-fd", str(self._device), "--ledger-fd", str(self._ledger)]
         words += ["--kept"] * self._kept
-        handed = [self._device, self._ledger]
-        answers = None
+        handed = {self._settings: 0, self._device: self._device, self._ledger: self._ledger}
+        answers = ready = None
         if self._managed:
             answers, ready = os.pipe()
-        if ready is not None:
             words += ["--ready-fd", str(ready)]
-            handed.append(ready)
-        self._daemon = subprocess.Popen(  # noqa: S603  # our own words
-            words, stdin=subprocess.PIPE, pass_fds=handed
-        )
-        if ready is not None:
+            handed[ready] = ready
+        os.lseek(self._settings, 0, os.SEEK_SET)
+        actions = [(os.POSIX_SPAWN_DUP2, *each) for each in handed.items()]
+        daemon = os.posix_spawn(words[0], words, os.environ, file_actions=actions)
+        if answers is not None and ready is not None:
             os.close(ready)
-        try:
-            with cast(IO[bytes], self._daemon.stdin) as pipe:
-                pipe.write(self._settings)
-        except BrokenPipeError:
-            log.error("the daemon ended before it had read its settings")
-        if self._stopping:
-            self._daemon.terminate()
-        if answers is not None:
-            self._announce(answers, self._daemon.pid)
-        if self._kept and service.may_be_replaced():
-            self._keep_again(self._daemon.pid)
-        return self._daemon.wait()
+            self._announce(answers, daemon)
+        return daemon
 
     def _announce(self, answers: int, pid: int) -> None:
         """Tell the service manager once the daemon says on `answers` that it serves; it may end before."""
@@ -192,8 +186,8 @@ class Holder:
         self._stopping = True
         self._tell("STOPPING=1")
         os.write(self._woken, b"x")
-        if self._daemon is not None and self._daemon.returncode is None:
-            self._daemon.terminate()
+        if self._daemon is not None:
+            os.kill(self._daemon, signal.SIGTERM)
 
     def _incarnation(self) -> int:
         return head(self._ledger).incarnation
@@ -255,6 +249,11 @@ def _is_mounted(device: int, ledger: int) -> bool:
     return not poll.poll(0)  # POLLERR: the connection has ended
 
 
+def begin() -> Held:
+    """Return what a holder keeps of a mount that is still to be made; OSError without ``/dev/fuse``."""
+    return Held(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK), Ledger.create().fd)
+
+
 def left_behind(mountpoint: Path) -> Held | None:
     """Return what the service manager kept of the mount on `mountpoint`; None if there is nothing to serve.
 
@@ -283,23 +282,30 @@ _WITHOUT_REPLY = (wire.Opcode.FORGET, wire.Opcode.BATCH_FORGET, wire.Opcode.INTE
 
 
 def main() -> None:
-    """Be the holder that ``modelfs mount`` started: ``python -m modelfs.holder MOUNTPOINT [READY_FD]``.
+    """Be a holder: ``python -m modelfs.holder MOUNTPOINT [DEVICE LEDGER DAEMON]``.
 
-    Without READY_FD it is the main process of a service.
+    Standard input is a file with the settings. The others are two descriptors and the process id of the first
+    daemon; without them it is the main process of a service.
     """
-    mountpoint, ready = Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else None
-    held = left_behind(mountpoint) if ready is None else None
-    for fd in (ready, *((held.device, held.ledger) if held else ())):
-        if fd is not None:
-            os.set_inheritable(fd, False)
+    mountpoint = Path(sys.argv[1])
+    device, ledger, daemon = map(int, sys.argv[2:]) if sys.argv[2:] else (None, None, None)
+    managed = daemon is None
+    if device is not None and ledger is not None:
+        held = Held(device, ledger)
+    else:
+        held = left_behind(mountpoint) or begin()
+    for fd in (held.device, held.ledger):
+        os.set_inheritable(fd, False)
     line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(format=line, level=logging.INFO)
     os.chdir("/")  # keep no directory busy
-    settings = sys.stdin.buffer.read()
+    settings = os.dup(0)
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
     privileges.limit(frozenset(privileges.Capability))  # its daemons cannot have more than it has
     command = [sys.executable, "-P", "-m", "modelfs", "daemon"]
-    holder = Holder(mountpoint, settings, command, managed=ready is None, held=held)
-    raise SystemExit(min(255, abs(holder.run(ready))))
+    holder = Holder(mountpoint, settings, command, held, daemon=daemon, managed=managed)
+    raise SystemExit(min(255, abs(holder.run())))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import trio
 from rich.console import Console
 
 import modelfs
-from modelfs import cli, control
+from modelfs import cli, control, daemon
 from modelfs.cli import launch, show
+from modelfs.daemon import Ready
 from modelfs.errors import CacheLocked, ConfigError, ModelfsError, MountError, NotFound, Unavailable
 from modelfs.fuse import mountpoint
 from tests.status_document import document
@@ -209,10 +210,10 @@ def test_the_exit_codes_are_documented() -> None:
 def test_a_mount_that_cannot_be_is_refused_in_one_line(
     words: list[str], code: int, text: str, run: Any, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_process(*args: Any, **more: Any) -> None:
+    def no_process() -> int:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(subprocess, "Popen", no_process)
+    monkeypatch.setattr(os, "fork", no_process)
     (world / "file").touch()
     (world / "full/x").mkdir(parents=True)
     (world / "empty").mkdir()
@@ -224,60 +225,45 @@ def test_a_mount_that_cannot_be_is_refused_in_one_line(
     assert re.search(text, one_line(err)), err
 
 
-def test_no_secret_is_on_the_command_line_of_the_daemon(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (world / "modelfs.yaml").write_text(
-        "models: {a: {source: 's3://b/', options: {profile: hush}}}\nstores: {'s3://': {endpoint_url: 'http://hush'}}\n"
-    )
-    (world / "empty").mkdir()
-    settings = cli.config.load(mountpoint=world / "empty", flags={"log_file": "log"})
-    started: list[list[str]] = []
+def not_found(ready: Ready) -> None:
+    raise NotFound("no bucket: make it")
 
-    class Recorded(subprocess.Popen[bytes]):
-        def __init__(self, command: list[str], **more: Any) -> None:
-            started.append(command)
-            seen = "import sys; print('got', sys.stdin.read().count('hush'), file=sys.stderr)"
-            super().__init__([sys.executable, "-c", seen], **more)
 
-    monkeypatch.setattr(subprocess, "Popen", Recorded)
-    with pytest.raises(MountError, match=r"^the daemon ended before it was ready: got 3: see .*/log$"):
-        launch.background(settings)
-    assert "hush" not in " ".join(started[0])
-    assert started[0][1:3] == ["-P", "-m"]
+def bug(ready: Ready) -> None:
+    raise KeyError("x")
+
+
+def lie(ready: Ready) -> None:
+    ready({})
+
+
+def die(ready: Ready) -> None:
+    os._exit(1)
 
 
 @pytest.mark.parametrize(
-    ("script", "error", "text"),
+    ("does", "error", "text"),
     [
-        ('{"error": "no bucket: make it", "kind": "NotFound"}', NotFound, "^no bucket: make it$"),
-        ('{"error": "x", "kind": "NoSuchClass"}', ModelfsError, "^x$"),
-        ('{"ok": true}', MountError, "is not a modelfs mount although its daemon says so$"),
-        ("", MountError, "^the daemon ended before it was ready: it said nothing: see "),
+        (not_found, NotFound, "^no bucket: make it$"),
+        (bug, ModelfsError, "^unexpected KeyError: see .*/log$"),
+        (lie, MountError, "is not a modelfs mount although its daemon says so$"),
+        (die, MountError, "^the daemon ended before it was ready: it said nothing: see "),
     ],
 )
 def test_what_the_daemon_says_reaches_the_user(
-    script: str, error: type[ModelfsError], text: str, world: Path, monkeypatch: pytest.MonkeyPatch
+    does: Callable[[Ready], None],
+    error: type[ModelfsError],
+    text: str,
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (world / "empty").mkdir()
     (world / "log").write_text("of an earlier daemon\n")
     settings = cli.config.load(mountpoint=world / "empty", flags={"log_file": "log"})
-
-    class Scripted(subprocess.Popen[bytes]):
-        def __init__(self, command: list[str], **more: Any) -> None:
-            say = "import os, sys; sys.stdin.read(); os.write(int(sys.argv[1]), sys.argv[2].encode())"
-            super().__init__([sys.executable, "-c", say, command[-1], script and script + "\n"], **more)
-
-    monkeypatch.setattr(subprocess, "Popen", Scripted)
+    monkeypatch.setattr(daemon, "run", lambda settings, ready, held: does(ready))
     with pytest.raises(error, match=text) as caught:
         launch.background(settings)
     assert type(caught.value) is error
-
-
-def test_a_daemon_that_cannot_mount_says_why_to_its_starter(world: Path) -> None:
-    (world / "full/x").mkdir(parents=True)
-    settings = cli.config.load(mountpoint=world / "full", flags={"log_file": "log"})
-    with pytest.raises(MountError, match=r"^/.*/full is not empty: choose an empty directory$"):
-        launch.background(settings)
-    assert "ERROR modelfs.cli.launch: " in (world / "log").read_text()
 
 
 def test_logs_have_names_that_tell_the_mountpoint() -> None:

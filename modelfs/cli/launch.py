@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -11,14 +12,13 @@ import re
 import select
 import signal
 import site
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, NoReturn
 
 import modelfs
 from modelfs import control, holder, privileges, service
@@ -102,16 +102,21 @@ def foreground(settings: Settings) -> None:
 
 def _become_holder(settings: Settings) -> NoReturn:
     """Replace this process by a holder, which keeps its id: the service manager knows us by it."""
-    memory = os.memfd_create("modelfs settings")  # they may hold secrets, so no command line sees them
-    with os.fdopen(os.dup(memory), "wb") as file:
-        file.write(json.dumps(settings.to_json()).encode())
-    os.lseek(memory, 0, os.SEEK_SET)
-    os.dup2(memory, 0)
     if settings.log_file is not None:
         with _open_log(settings.log_file) as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-    command = [sys.executable, "-P", "-m", "modelfs.holder", str(settings.mountpoint)]
+    _hold(settings)
+
+
+def _hold(settings: Settings, *words: object) -> NoReturn:
+    """Replace this process by a holder, with `words` after the mountpoint."""
+    memory = os.memfd_create("modelfs settings")  # they may hold secrets, so no command line sees them
+    with os.fdopen(os.dup(memory), "wb") as file:
+        file.write(json.dumps(settings.to_json()).encode())
+    os.dup2(memory, 0)
+    # -P: the working directory is no place to import from.
+    command = [sys.executable, "-P", "-m", "modelfs.holder", str(settings.mountpoint), *map(str, words)]
     os.execve(sys.executable, command, _environment())  # noqa: S606  # our own words
 
 
@@ -132,6 +137,8 @@ def _is_held(settings: Settings) -> bool:
 def background(settings: Settings) -> dict[str, Any]:
     """Start a daemon in a session of its own, wait until its mount answers, and return what it says of it.
 
+    It is a fork of this process, which must have no other threads.
+
     Whatever fails before that, also an interrupt or SIGTERM, ends the daemon and leaves nothing mounted.
 
     Raises:
@@ -149,29 +156,66 @@ def background(settings: Settings) -> dict[str, Any]:
         _leaving_on_signals(),
     ):
         start = output.seek(0, os.SEEK_END)
-        # -P: the working directory is no place to import from.
-        words = ["modelfs", "daemon", "--ready-fd", str(told)]
-        if _is_held(settings):
-            words = ["modelfs.holder", str(settings.mountpoint), str(told)]
-        command = [sys.executable, "-P", "-m", *words]
-        process = subprocess.Popen(  # noqa: S603  # our own words
-            command,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=(told,),
-            start_new_session=not mountpoint.is_awaited(settings.mountpoint),
-            env=_environment(),
-        )
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        process = os.fork()
+        if not process:
+            _descend(replace(settings, log_file=file), teller.fileno(), output.fileno())
         try:
             teller.close()
-            _hand_over(process, replace(settings, log_file=file))
             summary = _await_ready(answers, file, start)
             mountpoint.check_answers(settings.mountpoint)
             return summary
         except BaseException:
             _abandon(process, settings.mountpoint)
             raise
+
+
+def _descend(settings: Settings, ready: int, output: int) -> NoReturn:
+    """Be a daemon, as a child that has nothing in common with its parent but what it imported."""
+    code = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        _let_go(keep={1, 2, ready})
+        if not sys.flags.safe_path:  # then the first is no place for a daemon to import from
+            sys.path[0] = _root()
+        if not mountpoint.is_awaited(settings.mountpoint):
+            os.setsid()
+        held = holder.begin() if _is_held(settings) else None
+        if held is not None and (daemon := os.fork()):
+            for fd in (held.device, held.ledger):
+                os.set_inheritable(fd, True)
+            _hold(settings, held.device, held.ledger, daemon)
+        _entitle("modelfs daemon")
+        _serve(settings, ready, held)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        log.critical("the daemon ended", exc_info=True)
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _let_go(keep: set[int]) -> None:
+    """Close what this process has inherited, all but `keep`.
+
+    The numbers stay in use: to whom they belong here may close them at any time.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in {int(entry.name) for entry in Path("/proc/self/fd").iterdir()} - {nothing, *keep}:
+        os.dup2(nothing, fd, inheritable=fd == 0)
+
+
+def _entitle(title: str) -> None:
+    """Let process lists show `title` and not our arguments, which were another command's; proc(5)."""
+    start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
+    ctypes.memmove(start, title.replace(" ", "\0").encode().ljust(end - start, b"\0"), end - start)
 
 
 def _claim(path: Path) -> IO[bytes]:
@@ -211,20 +255,19 @@ def _leaving_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _root() -> str:
+    """Return the directory that this very modelfs is imported from."""
+    return str(Path(modelfs.__file__).parents[1])
+
+
 def _environment() -> dict[str, str]:
     """Return this process's environment, in which a Python finds this very modelfs, installed or not."""
-    root = str(Path(modelfs.__file__).parents[1])
+    root = _root()
     # Those of a package lie behind a symbolic link: with the path it leads to now, no upgrade would be seen.
     if root in map(os.path.realpath, (*site.getsitepackages(), site.getusersitepackages())):
         return dict(os.environ)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def _hand_over(process: subprocess.Popen[bytes], settings: Settings) -> None:
-    """Give the settings through the pipe: they may hold secrets, so no command line sees them."""
-    with suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as pipe:  # broken: dead, seen next
-        pipe.write(json.dumps(settings.to_json()).encode())
 
 
 def _await_ready(answers: IO[bytes], file: Path, start: int) -> dict[str, Any]:
@@ -249,33 +292,40 @@ def _await_ready(answers: IO[bytes], file: Path, start: int) -> dict[str, Any]:
     return answer
 
 
-def _abandon(process: subprocess.Popen[bytes], path: Path) -> None:
-    """End a daemon that did not come up, and take away what it may have mounted.
+def _abandon(process: int, path: Path) -> None:
+    """End our child, a daemon that did not come up, and take away what it may have mounted.
 
     What answers is another's, mounted before it or meanwhile.
     """
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        if os.getpgid(process.pid) == process.pid:
-            os.killpg(process.pid, signal.SIGKILL)  # a holder's daemon too
-        process.kill()
-        process.wait()
+    os.kill(process, signal.SIGTERM)
+    if not _ended(process, STOP_SECONDS):
+        if os.getpgid(process) == process:
+            os.killpg(process, signal.SIGKILL)  # a holder's daemon too
+        os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     mount = mountpoint.mount_at(path)
     if mount is not None and mount.ours and mountpoint.is_stale(path):
         mountpoint.detach(path, lazy=True)
 
 
 def serve_background(ready_fd: int | None, held: Held | None) -> None:
-    """Be the daemon that `background` or the holder started, with the settings on standard input.
+    """Be the daemon that a holder started, with the settings on standard input.
 
     Args:
         ready_fd: where one line of JSON says that the mount answers or why not.
         held: what the holder keeps.
 
     """
-    settings = Settings.from_json(json.load(sys.stdin))
+    _serve(Settings.from_json(json.load(sys.stdin)), ready_fd, held)
+
+
+def _serve(settings: Settings, ready_fd: int | None, held: Held | None) -> None:
+    """Be a daemon whose standard error is its log.
+
+    Raises:
+        SystemExit: it failed, or left its mount to a successor.
+
+    """
     for fd in (ready_fd, *((held.device, held.ledger) if held else ())):
         if fd is not None:
             os.set_inheritable(fd, False)

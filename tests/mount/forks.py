@@ -64,7 +64,7 @@ def forks() -> Forks:
 
 
 def _serve() -> None:
-    from modelfs import cli  # before there is a command
+    from modelfs import cli, daemon  # noqa: F401 - before there is a command
 
     for line in sys.stdin:
         asked = json.loads(line)

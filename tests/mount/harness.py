@@ -347,12 +347,14 @@ def alone(place: Path) -> dict[str, str]:
 
 
 def left_behind(place: Path) -> list[str]:
-    """Return the processes that have the environment `alone(place)`, and the mounts below `place`."""
+    """Return the mounts below `place`, and processes with a cache there or the environment `alone(place)`."""
     variable = b"MODELFS_RUNTIME_DIR=" + os.fsencode(place / "run")
     found = [str(mount.path) for mount in mountpoint.mounts() if mount.ours and place in mount.path.parents]
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if variable in (process / "environ").read_bytes().split(b"\0"):
+            files = [os.readlink(each) for each in list((process / "fd").iterdir())]
+            caching = any(file.startswith(f"{place}/") and file.endswith("/lock") for file in files)
+            if caching or variable in (process / "environ").read_bytes().split(b"\0"):
                 found.append((process / "cmdline").read_text().replace("\0", " "))
         except OSError:  # it ended meanwhile
             continue

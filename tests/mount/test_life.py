@@ -332,6 +332,31 @@ def device() -> Iterator[None]:
     os.chmod("/dev/fuse", mode)
 
 
+def test_a_daemon_has_neither_arguments_nor_files_nor_modules_of_who_mounted(
+    place: Path, source: str, transport: str
+) -> None:
+    path, home = place / "models", place / "home"
+    for directory in (path, home):
+        directory.mkdir()
+    (home / "hypercorn.py").write_text("raise RuntimeError('imported from the working directory')\n")
+    words = [str(path), f"--source=m={source}", f"--transport={transport}", f"--cache-dir={place}/cache"]
+    command = [sys.executable, "-W", "ignore", "-m", "modelfs", "mount", *words, f"--log-file={place}/log"]
+    root = str(Path(package.__file__).parents[1])
+    env = {**os.environ, **alone(place), "PYTHONPATH": root}
+    out, into = os.pipe()
+    with os.fdopen(out) as end:
+        subprocess.run(command, cwd=home, env=env, stdin=into, pass_fds=(into,), check=True)
+        os.close(into)
+        assert end.read() == ""  # nobody has the other end any more
+    status = json.loads(modelfs("status", str(path), "--json", env=alone(place)).stdout)
+    process = Path(f"/proc/{status['pid']}")
+    assert (process / "cmdline").read_bytes().rstrip(b"\0") == b"modelfs\0daemon"
+    assert (process / "cwd").readlink() == Path("/")
+    assert {(process / "fd" / number).readlink() for number in "12"} == {place / "log"}
+    modelfs("umount", str(path), env=alone(place))
+    assert left_behind(place) == []
+
+
 @pytest.mark.usefixtures("device")
 def test_a_user_without_privileges_mounts_reads_and_unmounts(place: Path, source: str) -> None:
     user = "nobody"

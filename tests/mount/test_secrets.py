@@ -171,7 +171,7 @@ def test_working_stores_show_no_secret(working: Mounted) -> None:
 
 def test_the_search_finds_what_is_there(working: Mounted) -> None:
     # The environment is the user's own way to hand secrets over, and only the user can read it.
-    environment = Path(f"/proc/{working.status()['pid']}/environ")
+    environment = Path(f"/proc/{working.status()['holder_pid']}/environ")
     assert environment.stat().st_mode & 0o777 == 0o400
     assert leaks(environment.read_bytes()) >= {SECRET, TOKEN, "session", "proxy"}
 
