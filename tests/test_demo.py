@@ -142,7 +142,8 @@ def test_the_demo_ends_with_nothing_mounted_and_replaces_a_stale_mount(place: Pl
         place.models.with_name("log"),
     )
     words = ["--source", f"m={source}", "--cache-dir", str(cache), "--log-file", str(log)]
-    harness.modelfs("mount", str(place.models), *words, env=place.env)
+    command = [sys.executable, "-m", "modelfs", "mount", str(place.models), *words]
+    subprocess.run(command, env={**os.environ, **place.env}, check=True)
     for process in place.processes():
         process.kill()
     _, errors = place.run("heart-disease")

@@ -233,7 +233,8 @@ def test_a_service_is_upgraded_under_readers(packages: Path, upgrade: Path) -> N
                 machine.run("dpkg", "--configure", "modelfs")
                 assert machine.run("systemctl", "show", "modelfs@models", "--property=MainPID") == holder
                 machine.run("systemctl", "restart", "modelfs@models")
-                machine.run("systemctl", "kill", "--signal=KILL", "--kill-who=all", "modelfs@models")
+                status = json.loads(machine.run("modelfs", "status", "/models", "--json"))
+                machine.run("kill", "-KILL", str(status["holder_pid"]), str(status["pid"]))
             status = json.loads(machine.run("modelfs", "status", "/models", "--json"))
             assert (status["modelfs"], status["handovers"]) == (HIGHER, 3)
             with reading(machine):  # and back
