@@ -50,6 +50,9 @@ PAUSES = (0.0, 0.0, 0.5, 1.0, 2.0)
 REST_SECONDS = 60.0
 """How long requests are answered with EIO in a crash loop before a daemon is tried again."""
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""They end the daemon, and so the holder; who has a daemon before its holder blocks them until that runs."""
+
 _DEVICE, _LEDGER = "modelfs-device", "modelfs-ledger"
 """Names under which a service manager keeps the two."""
 
@@ -90,8 +93,9 @@ class Holder:
 
     def run(self) -> int:
         """Run daemons until the tree is unmounted; return the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         quick = 0
         while True:
             started, served = time.monotonic(), self._incarnation()
@@ -127,9 +131,7 @@ class Holder:
 
     def _serve(self) -> int:
         """Let one daemon serve; return its exit code, negative for a signal."""
-        daemon = self._daemon = self._daemon or self._start()
-        if self._stopping:
-            os.kill(daemon, signal.SIGTERM)
+        daemon = self._daemon or self._start()
         if self._kept and service.may_be_replaced():
             self._keep_again(daemon)
         os.waitid(os.P_PID, daemon, os.WEXITED | os.WNOWAIT)
@@ -137,7 +139,7 @@ class Holder:
         return os.waitstatus_to_exitcode(os.waitpid(daemon, 0)[1])
 
     def _start(self) -> int:
-        """Start a daemon; return its process id."""
+        """Start a daemon, tell the manager, if there is one, when it serves, and return its process id."""
         words = [*self._command, "--device-fd", str(self._device), "--ledger-fd", str(self._ledger)]
         words += ["--kept"] * self._kept
         handed = {self._settings: 0, self._device: self._device, self._ledger: self._ledger}
@@ -148,7 +150,9 @@ class Holder:
             handed[ready] = ready
         os.lseek(self._settings, 0, os.SEEK_SET)
         actions = [(os.POSIX_SPAWN_DUP2, *each) for each in handed.items()]
-        daemon = os.posix_spawn(words[0], words, os.environ, file_actions=actions)
+        daemon = self._daemon = os.posix_spawn(words[0], words, os.environ, file_actions=actions)
+        if self._stopping:
+            os.kill(daemon, signal.SIGTERM)
         if answers is not None and ready is not None:
             os.close(ready)
             self._announce(answers, daemon)

@@ -234,7 +234,7 @@ def test_a_service_is_upgraded_under_readers(packages: Path, upgrade: Path) -> N
                 assert machine.run("systemctl", "show", "modelfs@models", "--property=MainPID") == holder
                 machine.run("systemctl", "restart", "modelfs@models")
                 status = json.loads(machine.run("modelfs", "status", "/models", "--json"))
-                machine.run("kill", "-KILL", str(status["holder_pid"]), str(status["pid"]))
+                machine.sh(f"kill -KILL {status['holder_pid']} {status['pid']}")
             status = json.loads(machine.run("modelfs", "status", "/models", "--json"))
             assert (status["modelfs"], status["handovers"]) == (HIGHER, 3)
             with reading(machine):  # and back

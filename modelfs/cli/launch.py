@@ -186,10 +186,13 @@ def _descend(settings: Settings, ready: int, output: int) -> NoReturn:
         if not mountpoint.is_awaited(settings.mountpoint):
             os.setsid()
         held = holder.begin() if _is_held(settings) else None
-        if held is not None and (daemon := os.fork()):
-            for fd in (held.device, held.ledger):
-                os.set_inheritable(fd, True)
-            _hold(settings, held.device, held.ledger, daemon)
+        if held is not None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, holder.SIGNALS)
+            if daemon := os.fork():
+                for fd in (held.device, held.ledger):
+                    os.set_inheritable(fd, True)
+                _hold(settings, held.device, held.ledger, daemon)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, holder.SIGNALS)
         _entitle("modelfs daemon")
         _serve(settings, ready, held)
         code = 0

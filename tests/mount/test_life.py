@@ -332,6 +332,36 @@ def device() -> Iterator[None]:
     os.chmod("/dev/fuse", mode)
 
 
+def test_a_mount_that_is_given_up_while_its_holder_begins_leaves_nothing(place: Path, source: str) -> None:
+    begun, go_on, path = place / "begun", place / "go-on", place / "models"
+    path.mkdir()
+    for fifo in (begun, go_on):
+        os.mkfifo(fifo)
+    (place / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'modelfs.holder' in sys.orig_argv:\n"
+        f"    print(os.getpid(), file=open({str(begun)!r}, 'w'), flush=True)\n"
+        f"    open({str(go_on)!r}).close()\n"
+    )
+    root = str(Path(package.__file__).parents[1])
+    env = {**os.environ, **alone(place), "PYTHONPATH": os.pathsep.join([str(place), root])}
+    words = [str(path), f"--source=m={source}", f"--cache-dir={place}/cache", f"--log-file={place}/log"]
+    command = [sys.executable, "-W", "ignore", "-m", "modelfs", "mount", *words]
+    with subprocess.Popen(command, env=env) as mount:
+        holder = Path(f"/proc/{begun.read_text().strip()}/status")
+        eventually(lambda: mountpoint.mount_at(path) is not None)  # the daemon is faster
+        mount.terminate()
+        eventually(lambda: _is_pending(holder, signal.SIGTERM) or "(zombie)" in holder.read_text())
+        go_on.write_text("")
+        assert mount.wait(60) == 128 + signal.SIGTERM
+    assert left_behind(place) == []
+
+
+def _is_pending(status: Path, number: int) -> bool:
+    (pending,) = re.findall(r"^ShdPnd:\s+(\w+)$", status.read_text(), re.MULTILINE)
+    return bool(int(pending, 16) >> (number - 1) & 1)
+
+
 def test_a_daemon_has_neither_arguments_nor_files_nor_modules_of_who_mounted(
     place: Path, source: str, transport: str
 ) -> None:

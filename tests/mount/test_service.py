@@ -68,18 +68,22 @@ class Manager:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the service; returns when it has said that it is ready."""
+        process = self.begin()
+        eventually(lambda: "READY=1" in self.said or process.poll() is not None, 60)
+        assert process.poll() is None, Path(self._log.name).read_text()
+        return process
+
+    def begin(self) -> subprocess.Popen[bytes]:
+        """Start the service."""
         self.said.clear()
         fds = ",".join(map(str, self.kept.values()))
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", EXEC, fds, *self._words],
             env={**self._env, "LISTEN_FDNAMES": ":".join(self.kept)},
             pass_fds=list(self.kept.values()),
             stdout=self._log,
             stderr=self._log,
         )
-        eventually(lambda: "READY=1" in self.said or process.poll() is not None, 60)
-        assert process.poll() is None, Path(self._log.name).read_text()
-        return process
 
     def forget(self) -> None:
         """Close what was kept, as when a service is stopped: the kernel ends a mount that nobody serves."""
@@ -103,12 +107,12 @@ def origin() -> Iterator[Origin]:
 
 @contextmanager
 def managed(
-    place: Path, origin: Origin, *, keeping: bool = True, transport: str = "kernel"
+    place: Path, url: str, *, keeping: bool = True, transport: str = "kernel"
 ) -> Iterator[tuple[Manager, Mounted]]:
     path = place / "models"
     path.mkdir()
     words = ["mount", str(path), "--foreground", f"--transport={transport}", f"--cache-dir={place}/cache"]
-    manager = Manager(place, *words, f"--source=m={origin.url}", "--refresh=0", keeping=keeping)
+    manager = Manager(place, *words, f"--source=m={url}", "--refresh=0", keeping=keeping)
     try:
         yield manager, Mounted(path, place / "cache", place / "service.log", alone(place))
     finally:
@@ -119,7 +123,7 @@ def managed(
 
 
 def test_a_restart_of_the_service_keeps_the_mount_and_fails_no_read(place: Path, origin: Origin) -> None:
-    with managed(place, origin) as (manager, mount):
+    with managed(place, origin.url) as (manager, mount):
         service = manager.start()
         assert manager.kept.keys() == NAMES
         device = mountpoint.mount_at(mount.path)
@@ -146,7 +150,7 @@ def test_a_restart_of_the_service_keeps_the_mount_and_fails_no_read(place: Path,
 
 
 def test_what_was_kept_of_a_mount_that_is_gone_is_dropped(place: Path, origin: Origin) -> None:
-    with managed(place, origin) as (manager, mount):
+    with managed(place, origin.url) as (manager, mount):
         service = manager.start()
         mount.umount()
         assert service.wait(30) == 0
@@ -160,7 +164,7 @@ def test_what_was_kept_of_a_mount_that_is_gone_is_dropped(place: Path, origin: O
 
 
 def test_without_a_store_of_descriptors_a_stop_unmounts(place: Path, origin: Origin) -> None:
-    with managed(place, origin, keeping=False) as (manager, mount):
+    with managed(place, origin.url, keeping=False) as (manager, mount):
         service = manager.start()
         assert manager.kept == {}
         os.kill(mount.status()["pid"], signal.SIGKILL)  # the holder is there all the same
@@ -171,8 +175,19 @@ def test_without_a_store_of_descriptors_a_stop_unmounts(place: Path, origin: Ori
         assert mountpoint.mount_at(mount.path) is None
 
 
+def test_a_stop_ends_a_service_that_waits_for_a_store(place: Path) -> None:
+    silent = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+    with silent, managed(place, url) as (manager, mount):
+        service = manager.begin()
+        with silent.accept()[0]:
+            service.terminate()
+            assert service.wait(30) != 0
+        assert mountpoint.mount_at(mount.path) is None
+
+
 def test_pyfuse3_says_that_it_is_ready_and_a_stop_unmounts(place: Path, origin: Origin) -> None:
-    with managed(place, origin, transport="pyfuse3") as (manager, mount):
+    with managed(place, origin.url, transport="pyfuse3") as (manager, mount):
         service = manager.start()
         assert manager.kept == {}
         assert mount.status()["transport"]["name"] == "pyfuse3"
@@ -182,7 +197,7 @@ def test_pyfuse3_says_that_it_is_ready_and_a_stop_unmounts(place: Path, origin: 
 
 
 def test_what_a_stopped_service_leaves_can_be_unmounted(place: Path, origin: Origin) -> None:
-    with managed(place, origin) as (manager, mount):
+    with managed(place, origin.url) as (manager, mount):
         service = manager.start()
         service.terminate()
         assert service.wait(30) == 0
@@ -192,7 +207,7 @@ def test_what_a_stopped_service_leaves_can_be_unmounted(place: Path, origin: Ori
 
 
 def test_what_nobody_serves_for_now_can_be_unmounted(place: Path, origin: Origin) -> None:
-    with managed(place, origin) as (manager, mount):
+    with managed(place, origin.url) as (manager, mount):
         for _ in range(2):  # after a hand-over the kernel knows no attributes of the root
             service = manager.start()
             service.terminate()
