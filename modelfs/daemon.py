@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 Ready = Callable[[dict[str, Any]], None]
 """Is told that the tree answers, with the parts of the status that are of interest then."""
 
+ANSWER_SECONDS = 30.0
+"""How long a mount that was just made may take to answer."""
+
 STATES = ("ready", "offline", "resolving", "unavailable")
 """What is counted of the models; those that are offline are ready too."""
 
@@ -228,8 +231,13 @@ class Daemon:
         return self._left
 
     async def _announce(self, ready: Ready) -> None:
-        """Say that the mount is there once it answers; a thread asks, because this loop has to answer."""
-        await trio.to_thread.run_sync(mountpoint.check_answers, self._place)
+        """Say that the mount is there once it answers.
+
+        No thread of ours may ask: killed while its question is with us, it would wait for an answer, and who
+        waits for the end of this process before it lets a successor answer, for ever.
+        """
+        if why := await Readiness(self._place, ANSWER_SECONDS).why_not():
+            raise MountError(f"mounted, but {why}")
         mount = mountpoint.mount_at(self._place)
         if mount is not None:
             await trio.to_thread.run_sync(tune, mount.device)

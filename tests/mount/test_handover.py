@@ -18,7 +18,7 @@ import pytest
 
 from modelfs.fuse import mountpoint
 from modelfs.testing.s3 import S3Server
-from tests.mount.harness import Mounted, Reader, alone, mounted
+from tests.mount.harness import Mounted, Reader, alone, eventually, mounted
 from tests.origin import Origin
 
 MIB = 1 << 20
@@ -210,6 +210,29 @@ def test_an_upgrade_under_load_fails_no_read(mount: Mounted, origin: Origin) -> 
             assert status["handovers"] == number
             assert f"(pid {status['pid']})" in said
     assert all(results), results
+
+
+def test_a_daemon_that_dies_while_its_own_mount_is_asked_has_a_successor(place: Path, origin: Origin) -> None:
+    root = str(Path(__file__).parents[2])
+    (place / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if '--ledger-fd' in sys.orig_argv:\n"
+        "    from modelfs.fuse.operations import Operations\n"
+        "    answer = Operations.statfs\n"
+        "    def die_once(self):\n"
+        f"        if not os.path.exists({str(place / 'died')!r}):\n"
+        f"            open({str(place / 'died')!r}, 'w').close()\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return answer(self)\n"
+        "    Operations.statfs = die_once\n"
+    )
+    env = {**alone(place), "PYTHONPATH": os.pathsep.join([str(place), root])}
+    with mounted(place, sources={"m": origin.url}, transport="kernel", env=env) as mount:
+        mount.allowed_errors.append("the next one takes the mount over")
+        os.kill(mount.status()["pid"], signal.SIGKILL)  # the next one is asked whether it answers, and dies
+        eventually((place / "died").exists)
+        assert mount.run("stat", str(mount.path / "m")).returncode == 0
+        eventually(lambda: _answers(mount, 2))
 
 
 def test_kills_under_load_fail_no_read(mount: Mounted, origin: Origin) -> None:
